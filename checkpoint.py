@@ -1,0 +1,145 @@
+"""Self-describing model files and resumable training state: plain tensors and primitives, read without unpickling code.
+
+A model file is `{"format", "model", "config", "weights", "meta"}`; a training file is `{"format", "training", ...}`.
+Both are torch ZIP files, read with `weights_only=True` after their container was checked. Equal runs give equal files:
+nothing in them names a path or a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import MODELS, build
+from utils import ExpectedError, atomic_path
+
+FORMAT = 1
+MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
+MAX_TRAINING_BYTES = 8 * 2**30
+
+
+def save_model(path: str | os.PathLike, name: str, model: nn.Module, meta: dict, half: bool = True) -> None:
+    """Write `model` as a self-describing file; `half` stores its floating-point weights in float16.
+
+    Raises:
+        ExpectedError: a weight is not finite (the file on disk is kept), or the file cannot be written.
+    """
+    weights = {key: value.detach().cpu() for key, value in _plain_state(model).items()}
+    for key, value in weights.items():
+        if value.is_floating_point():
+            weights[key] = value.half() if half else value
+            if not torch.isfinite(weights[key]).all():
+                raise ExpectedError(f"weight {key!r} of {name} is not finite, so {path} was not written; lower --lr")
+    config = {field: getattr(model.config, field) for field in model.config.__dataclass_fields__}
+    content = {"format": FORMAT, "model": name, "config": config, "weights": weights, "meta": meta}
+    write_tensors(path, content)
+
+
+def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """The generator in a checkpoint, in eval mode on `device`: any model that can be sampled, no architecture flags.
+
+    The network has `.model_name` and `.meta` as they stand in the file.
+
+    Raises:
+        ExpectedError: the file is missing, damaged, of another kind, or does not fit the model that it names.
+    """
+    model = load_model(path, device)
+    if not hasattr(model, "sample"):
+        raise ExpectedError(f"{path} holds a {model.model_name}, which cannot be sampled; give a generator's file (…_G.pt)")
+    return model
+
+
+def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
+    """Any model of the registry, in eval mode on `device`, in float32; errors as for `load_generator`."""
+    content = read_tensors(path, MAX_MODEL_BYTES)
+    if content.get("format") != FORMAT or not {"model", "config", "weights", "meta"} <= content.keys():
+        raise ExpectedError(f"{path} is not a model checkpoint of format {FORMAT}; it may come from another program or version")
+    name, config, weights = content["model"], content["config"], content["weights"]
+    try:
+        if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(weights, dict):
+            raise ValueError("its entries have the wrong types")
+        with torch.device("meta"):  # checks names and shapes before any memory is taken
+            _check_weights(_plain_state(build(name, **config)), weights)
+        model = build(name, **config)
+        _load_plain_state(model, weights)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ExpectedError(f"{path} does not fit its model ({error}); train or download it again") from error
+    model.model_name, model.meta = name, content["meta"]
+    return model.to(device).eval()
+
+
+def write_tensors(path: str | os.PathLike, content: dict) -> None:
+    """Write a dict of tensors and primitives atomically; equal content gives equal bytes."""
+    buffer = io.BytesIO()  # a stream, not a path: torch would write the file's name into the archive
+    torch.save(content, buffer)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def read_tensors(path: str | os.PathLike, max_bytes: int = MAX_TRAINING_BYTES) -> dict:
+    """The dict in a file written by `write_tensors`, on the CPU; never runs code from the file.
+
+    Raises:
+        ExpectedError: the file is missing, no torch ZIP file, damaged (CRC), too large, or holds anything but a dict
+            of tensors and primitives.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ExpectedError(f"{path} does not exist (or is no file); train the model first, or give another path")
+    try:
+        _check_container(path, max_bytes)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExpectedError(f"{path} is damaged or no checkpoint ({reason}); train or download it again") from error
+    if not isinstance(content, dict):
+        raise ExpectedError(f"{path} is no checkpoint of this project: it holds a {type(content).__name__}")
+    return content
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _check_container(path: Path, max_bytes: int) -> None:
+    """Refuse what torch.load would trust: compressed (hence possibly exploding) or oversized members, wrong CRCs."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise zipfile.BadZipFile("it has compressed members, which torch never writes")
+        if sum(member.file_size for member in members) > min(max_bytes, 2 * path.stat().st_size):
+            raise zipfile.BadZipFile("its members claim more bytes than they may have")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
+def _check_weights(expected: dict, weights: dict) -> None:
+    """`ValueError` unless `weights` has the expected names, shapes and kinds, and only finite numbers."""
+    if missing := sorted(expected.keys() - weights.keys()):
+        raise ValueError(f"weights missing: {', '.join(missing[:3])}")
+    if extra := sorted(map(str, weights.keys() - expected.keys())):
+        raise ValueError(f"unknown weights: {', '.join(extra[:3])}")
+    for key, like in expected.items():
+        value = weights[key]
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.shape != like.shape:
+            raise ValueError(f"weight {key} must be a tensor of shape {list(like.shape)}")
+        if value.is_floating_point() != like.is_floating_point():
+            raise ValueError(f"weight {key} has type {value.dtype}")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"weight {key} is not finite")
+
+
+def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return model.state_dict()
+
+
+def _load_plain_state(model: nn.Module, weights: dict) -> None:
+    model.load_state_dict(weights)

@@ -1,0 +1,157 @@
+"""Device choice, keyed random generators, atomic file writing and the exit codes: small, nothing model-specific.
+
+torch is imported inside the functions, so that a script can parse its arguments (and print `--help`) without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+
+class ExpectedError(Exception):
+    """A failure that the user can mend: shown as one line `error: what, and what to do`, exit code 1, no traceback."""
+
+
+class Interrupted(BaseException):
+    """A SIGINT or SIGTERM that ends the run. `hint` says how to continue; the exit code is 128 + the signal's number."""
+
+    def __init__(self, signum: int, hint: str = ""):
+        super().__init__(signum, hint)
+        self.signum, self.hint = signum, hint
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 130, 143 (argparse: 2)."""
+    try:
+        main()
+    except ExpectedError as error:
+        sys.exit(_error_line(error))
+    except OSError as error:  # a full disk, a missing permission: the message names the file
+        sys.exit(_error_line(error))
+    except Interrupted as stop:
+        print(f"stopped by signal {stop.signum}. {stop.hint}".strip(), file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _error_line(error: Exception) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return 1
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The torch device called `name`; `auto` is the GPU where there is one, else the CPU.
+
+    Raises:
+        ExpectedError: the device does not exist on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).splitlines()[0]
+        raise ExpectedError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
+    return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` by a fixed rule: bf16 on a GPU that has it, fp32 elsewhere."""
+    if name != "auto":
+        return name
+    import torch
+
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Autocast to bfloat16 for `precision='bf16'`, a context that does nothing for `fp32`."""
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def make_deterministic() -> None:
+    """Ask PyTorch for deterministic kernels: on CUDA this costs speed; on the CPU they are deterministic anyway."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def keyed_generator(device: torch.device | str, *key: int | str) -> torch.Generator:
+    """A generator seeded by `key` alone, such as (seed, "noise", step).
+
+    Keys instead of one running stream: a run that resumes at step 1000 draws what an uninterrupted one would draw
+    there, and no random state has to be saved.
+    """
+    import torch
+
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`; on leaving without an error it is flushed to disk and renamed to `path`.
+
+    A reader (or a run that is killed) sees the whole old file or the whole new one. Permissions follow the umask.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp made it private
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ExpectedError(f"cannot write {path} ({error.strerror or error}); its previous version is kept") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def provenance() -> dict[str, str]:
+    """Versions of Python and torch, and the commit of the code (`-dirty` with local changes; `unknown` outside git)."""
+    import platform
+
+    import torch
+
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "git": _git_commit()}
+
+
+def _git_commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def quiet_warnings() -> None:
+    """Silence a warning that users cannot act on and that breaks the progress bar."""
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")
