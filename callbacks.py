@@ -1,13 +1,28 @@
-"""What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, checkpoints, GIF, CSV, bar."""
+"""What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, checkpoints, GIF, CSV.
+
+Their order in the list is the contract: EMA, FIDMonitor, EarlyStopping and ReduceLROnPlateau (which read the row that
+the monitor filled), then the writers.
+"""
 
 from __future__ import annotations
 
 import copy
+import csv
+import io
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training import Callback, TrainState
+import plots
+from checkpoint import save_model, write_tensors
+from data import to_uint8
+from training import Callback, StopSignals, TrainState
+from utils import Interrupted, atomic_path, keyed_generator
 
 
 class EMA(Callback):
@@ -19,17 +34,17 @@ class EMA(Callback):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        self.source, self.decay = model, decay
+        self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
-        self._pairs = _tensors(self.model), _tensors(model)
+        self._averages, self._counters = _split_by_type(self.model)
+        self._values, self._counts = _split_by_type(model)
 
     @torch.no_grad()
     def after_step(self, state: TrainState) -> None:
         decay = min(self.decay, (1 + state.step) / (10 + state.step))
-        (averages, counters), (values, counts) = self._pairs
-        torch._foreach_lerp_(averages, values, 1 - decay)
-        for counter, count in zip(counters, counts):
-            counter.copy_(count)
+        torch._foreach_lerp_(self._averages, self._values, 1 - decay)
+        if self._counters:
+            torch._foreach_copy_(self._counters, self._counts)
 
     def state_dict(self) -> dict:
         return self.model.state_dict()
@@ -38,7 +53,215 @@ class EMA(Callback):
         self.model.load_state_dict(saved)
 
 
-def _tensors(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _split_by_type(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The floating-point tensors of a network's state, and its integer ones (BatchNorm's counters)."""
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = list(model.state_dict().values())
     return [t for t in tensors if t.is_floating_point()], [t for t in tensors if not t.is_floating_point()]
+
+
+class FIDMonitor(Callback):
+    """Every `every` epochs, adds the figures of `score(model)` to the row and keeps track of the best FID."""
+
+    def __init__(self, score: Callable[[nn.Module], dict[str, float]], model: nn.Module, every: int, signals: StopSignals):
+        self.score, self.model, self.every, self.signals = score, model, every, signals
+
+    def after_epoch(self, state: TrainState) -> None:
+        if (state.epoch + 1) % self.every:
+            return
+        with self.signals.at_once():  # nothing has changed yet, so a resumed run scores again
+            figures = self.score(self.model)
+        state.row.update(figures)
+        if figures["fid"] < state.best_fid:
+            state.best_fid, state.best_epoch = figures["fid"], state.epoch + 1
+
+
+class EarlyStopping(Callback):
+    """Stops after `patience` scorings without a better FID.
+
+    Raises:
+        RuntimeError: after an epoch that was due to be scored, the row has no FID (or it is not finite).
+    """
+
+    def __init__(self, patience: int, every: int = 1):
+        self.patience, self.every, self.without_gain = patience, every, 0
+
+    def after_epoch(self, state: TrainState) -> None:
+        if (state.epoch + 1) % self.every:
+            return
+        if not math.isfinite(state.row.get("fid", math.nan)):
+            raise RuntimeError(f"early stopping watches the FID, which epoch {state.epoch + 1} does not have")
+        improved = state.best_epoch == state.epoch + 1
+        self.without_gain = 0 if improved else self.without_gain + 1
+        if self.without_gain >= self.patience:
+            state.stop_reason = f"no better FID in {self.patience} scorings (best {state.best_fid:.3f} at epoch {state.best_epoch})"
+
+    def state_dict(self) -> dict:
+        return {"without_gain": self.without_gain}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.without_gain = saved["without_gain"]
+
+
+class ReduceLROnPlateau(Callback):
+    """Halves the learning rates after `patience` scorings without a better FID (torch's scheduler for each optimizer)."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], patience: int):
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+        self.schedulers = [plateau(optimizer, factor=0.5, patience=patience, threshold=0.0) for optimizer in optimizers]
+
+    def after_epoch(self, state: TrainState) -> None:
+        if "fid" in state.row:
+            for scheduler in self.schedulers:
+                scheduler.step(state.row["fid"])
+
+    def state_dict(self) -> dict:
+        return {"schedulers": [scheduler.state_dict() for scheduler in self.schedulers]}
+
+    def load_state_dict(self, saved: dict) -> None:
+        for scheduler, part in zip(self.schedulers, saved["schedulers"]):
+            scheduler.load_state_dict(part)
+
+
+class CosineLR(Callback):
+    """Lowers the learning rates along a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017, eq. 5)."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], total_steps: int):
+        self.total_steps = total_steps
+        self.groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+
+    def on_start(self, state: TrainState) -> None:
+        self.after_step(state)
+
+    def after_step(self, state: TrainState) -> None:
+        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, state.step / self.total_steps)))
+        for group, peak in self.groups:
+            group["lr"] = peak * factor
+
+
+class CheckpointWriter(Callback):
+    """Writes `best_<file>.pt` whenever the FID is the best so far and `<file>_epoch_<n>.pt` every `save_every` epochs.
+
+    `exports` maps the file part (such as `GAN_G`) to (model name, network). What an earlier run left under `best_` is
+    kept as `best_<file>.previous.pt`.
+    """
+
+    def __init__(self, folder: Path, exports: dict[str, tuple[str, nn.Module]], save_every: int, meta: dict):
+        self.folder, self.exports, self.save_every, self.meta = folder, exports, save_every, meta
+        self.kept_previous = False
+
+    def after_epoch(self, state: TrainState) -> None:
+        if state.best_epoch == state.epoch + 1:
+            self._keep_previous()
+            self._write("best_{file}.pt", state)
+        if self.save_every and (state.epoch + 1) % self.save_every == 0:
+            self._write("{file}_epoch_{epoch:03d}.pt", state)
+
+    def _write(self, pattern: str, state: TrainState) -> None:
+        meta = {"epoch": state.epoch + 1, "metrics": dict(state.row), **self.meta}
+        for file, (name, network) in self.exports.items():
+            save_model(self.folder / pattern.format(file=file, epoch=state.epoch + 1), name, network, meta)
+
+    def _keep_previous(self) -> None:
+        if self.kept_previous:
+            return
+        self.kept_previous = True
+        for file in self.exports:
+            best = self.folder / f"best_{file}.pt"
+            if best.exists():
+                previous = best.with_name(f"best_{file}.previous.pt")
+                with atomic_path(previous) as temporary:
+                    temporary.write_bytes(best.read_bytes())
+                print(f"{best} is replaced by this run; the old one is kept as {previous}", flush=True)
+
+    def state_dict(self) -> dict:
+        return {"kept_previous": self.kept_previous}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.kept_previous = saved["kept_previous"]
+
+
+class ProgressGIF(Callback):
+    """One frame an epoch: the same noise through the network as it learns, the first frame before any training."""
+
+    def __init__(self, path: Path, model: nn.Module, n: int, seed: int, columns: int | None = None):
+        self.path, self.model, self.n, self.seed, self.columns = path, model, n, seed, columns
+        self.frames: list[Tensor] = []
+
+    def on_start(self, state: TrainState) -> None:
+        if not self.frames:
+            self._draw("before training")
+
+    def after_epoch(self, state: TrainState) -> None:
+        fid = f"   FID {state.row['fid']:.2f}" if "fid" in state.row else ""
+        self._draw(f"epoch {state.epoch + 1}{fid}")
+        plots.write_gif(self.path, torch.stack(self.frames))
+
+    def _draw(self, caption: str) -> None:
+        images = to_uint8(self.model.sample(self.n, rng=keyed_generator("cpu", self.seed, "progress")))
+        self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images, self.columns), caption)))
+
+    def state_dict(self) -> dict:
+        return {"frames": torch.stack(self.frames)}
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.frames = list(saved["frames"])
+
+
+class CSVLogger(Callback):
+    """Rewrites the whole log after every epoch, so that each epoch stands in it once, resumed or not."""
+
+    def __init__(self, path: Path, optimizers: dict[str, torch.optim.Optimizer]):
+        self.path, self.optimizers = path, optimizers
+
+    def after_epoch(self, state: TrainState) -> None:
+        for name, optimizer in self.optimizers.items():
+            state.row[name] = optimizer.param_groups[0]["lr"]
+
+    def at_rest(self, state: TrainState) -> None:
+        if state.batch == 0 and state.log:
+            write_csv(self.path, state.log)
+
+
+def write_csv(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Write rows under the union of their columns, floats with six digits; a missing or nan figure is left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+    with atomic_path(path) as temporary:
+        temporary.write_text(buffer.getvalue())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
+
+
+class StateSaver(Callback):
+    """Writes all that a resumed run needs: after every epoch, every minute, and when a signal asks to stop.
+
+    `parts` are the objects with a `state_dict` (networks, optimizers, callbacks) by name.
+    """
+
+    SECONDS = 60.0
+
+    def __init__(self, path: Path, parts: dict[str, object], header: dict, signals: StopSignals):
+        self.path, self.parts, self.header, self.signals = path, parts, header, signals
+        self.saved_at = time.monotonic()
+
+    def at_rest(self, state: TrainState) -> None:
+        if self.signals.received:
+            raise Interrupted(self.signals.received)  # the trainer saves, then lets the process end
+        if state.batch == 0 or time.monotonic() - self.saved_at > self.SECONDS:
+            self.save(state)
+
+    def save(self, state: TrainState) -> None:
+        """Write the file; a state whose losses are not finite is refused with `ExpectedError`."""
+        state.mean_losses()
+        position = {name: value for name, value in vars(state).items() if not name.startswith("_")}
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        write_tensors(self.path, {**self.header, "state": position, "parts": parts})
+        self.saved_at = time.monotonic()

@@ -31,7 +31,7 @@ def save_model(path: str | os.PathLike, name: str, model: nn.Module, meta: dict,
     Raises:
         ExpectedError: a weight is not finite (the file on disk is kept), or the file cannot be written.
     """
-    weights = {key: value.detach().cpu() for key, value in _plain_state(model).items()}
+    weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     for key, value in weights.items():
         if value.is_floating_point():
             weights[key] = value.half() if half else value
@@ -66,9 +66,9 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> n
         if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(weights, dict):
             raise ValueError("its entries have the wrong types")
         with torch.device("meta"):  # checks names and shapes before any memory is taken
-            _check_weights(_plain_state(build(name, **config)), weights)
+            _check_weights(build(name, **config).state_dict(), weights)
         model = build(name, **config)
-        _load_plain_state(model, weights)
+        model.load_state_dict(weights)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ExpectedError(f"{path} does not fit its model ({error}); train or download it again") from error
     model.model_name, model.meta = name, content["meta"]
@@ -136,10 +136,3 @@ def _check_weights(expected: dict, weights: dict) -> None:
         if not torch.isfinite(value).all():
             raise ValueError(f"weight {key} is not finite")
 
-
-def _plain_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    return model.state_dict()
-
-
-def _load_plain_state(model: nn.Module, weights: dict) -> None:
-    model.load_state_dict(weights)

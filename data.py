@@ -53,7 +53,11 @@ class Digits:
         """`n` random items, drawn without replacement by a generator seeded with `key`: never the first `n`."""
         if not 0 < n <= len(self):
             raise ValueError(f"a subset of {n} was asked of {len(self)} items")
-        index = torch.randperm(len(self), generator=keyed_generator("cpu", *key))[:n].to(self.images.device)
+        return self.select(torch.randperm(len(self), generator=keyed_generator("cpu", *key))[:n])
+
+    def select(self, index: torch.Tensor) -> Digits:
+        """The items at `index`, int64 [n]."""
+        index = index.to(self.images.device)
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
 
@@ -122,7 +126,7 @@ def epoch_batches(
 def batches_per_epoch(digits: Digits, batch_size: int) -> int:
     """Full batches in the data set; `ExpectedError` if there is none."""
     if batch_size > len(digits):
-        raise ExpectedError(f"--batch-size {batch_size} is larger than the {len(digits)} training digits; choose a smaller one")
+        raise ExpectedError(f"--batch-size {batch_size} is more than the {len(digits)} training digits; choose a smaller one")
     return len(digits) // batch_size
 
 

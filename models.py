@@ -94,7 +94,7 @@ class Generator(nn.Module):
         self.apply(_init_dcgan)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self.stem(z).unflatten(1, (-1, 7, 7))  # [B, 4w, 7, 7]
+        x = self.stem(z).unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)  # [B, 4w, 7, 7], channels last in memory
         x = F.relu(self.norm7(x, labels))
         x = F.relu(self.norm14(self.up14(x), labels))  # [B, 2w, 14, 14]
         return torch.tanh(self.up28(x).float())  # [B, 1, 28, 28]
@@ -136,18 +136,20 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = config
         w = config.width
-        wrap = spectral_norm if config.norm == "spectral" else nn.Identity()
-        self.down14 = wrap(nn.Conv2d(1, 2 * w, 4, stride=2, padding=1))
-        self.down7 = wrap(nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1, bias=config.norm != "batch"))
+        self.down14 = nn.Conv2d(1, 2 * w, 4, stride=2, padding=1)
+        self.down7 = nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1, bias=config.norm != "batch")
         self.norm7 = nn.BatchNorm2d(4 * w) if config.norm == "batch" else nn.Identity()
-        self.head = wrap(nn.Linear(4 * w * 7 * 7, 1))
-        self.embed = wrap(nn.Embedding(config.num_classes, 4 * w)) if config.num_classes else None
+        self.head = nn.Linear(4 * w * 7 * 7, 1)
+        self.embed = nn.Embedding(config.num_classes, 4 * w) if config.num_classes else None
         self.apply(_init_dcgan)
+        if config.norm == "spectral":
+            for layer in filter(None, (self.down14, self.down7, self.head, self.embed)):
+                spectral_norm(layer)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         x = F.leaky_relu(self.down14(x), 0.2)  # [B, 2w, 14, 14]
         x = F.leaky_relu(self.norm7(self.down7(x)), 0.2)  # [B, 4w, 7, 7]
-        logit = self.head(x.flatten(1)).squeeze(1)  # [B]
+        logit = self.head(x.permute(0, 2, 3, 1).flatten(1)).squeeze(1)  # [B]; channels last, so no copy
         if self.embed is not None:
             logit = logit + (self.embed(labels) * x.sum((2, 3))).sum(1)
         return logit.float()

@@ -1,4 +1,4 @@
-"""The one training loop, its state, stopping by signal, and the command-line flags that all trainers share.
+"""The one training loop, its state, its progress bar, and stopping by signal.
 
 `fit` knows no model, optimizer or device: a train step maps a batch to losses, callbacks do everything else, and the
 order of the callbacks is the contract (EMA, then monitor, then early stopping, then the writers).
@@ -6,11 +6,13 @@ order of the callbacks is the contract (EMA, then monitor, then early stopping, 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
+import datetime
 import math
 import signal
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,16 +28,27 @@ class TrainState:
     step: int = 0  # completed steps of the run
     images: int = 0  # images seen
     seconds: float = 0.0  # of training and scoring, without interruptions
+    best_fid: float = math.inf
+    best_epoch: int = 0  # counted from 1; 0: nothing scored yet
     stop_reason: str = ""
     loss_sums: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> device scalar, over this epoch
     row: dict[str, float] = dataclasses.field(default_factory=dict)  # figures of the epoch being closed
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)  # one row for each completed epoch
+
+    def __post_init__(self):
+        self._last_tick = time.perf_counter()
+
+    def tick(self) -> None:
+        """Add the time since the last tick to `seconds`."""
+        now = time.perf_counter()
+        self.seconds, self._last_tick = self.seconds + now - self._last_tick, now
 
     def count(self, losses: dict[str, Any], images: int) -> None:
         """Add one step's losses (device scalars; nothing is fetched)."""
         for name, loss in losses.items():
             self.loss_sums[name] = self.loss_sums[name] + loss if name in self.loss_sums else loss
         self.batch, self.step, self.images = self.batch + 1, self.step + 1, self.images + images
+        self.tick()
 
     def mean_losses(self) -> dict[str, float]:
         """Mean losses of the epoch so far, fetched from the device.
@@ -52,9 +65,14 @@ class TrainState:
                 )
         return means
 
+    def open_row(self) -> None:
+        """Begin the row of the epoch whose last step was taken; raises as `mean_losses` does."""
+        self.row = {"epoch": self.epoch + 1, "step": self.step, "images": self.images, **self.mean_losses()}
+
     def close_epoch(self) -> None:
         """Count the epoch as completed and file its row."""
-        self.log.append(self.row)
+        self.tick()
+        self.log.append(self.row | {"seconds": self.seconds})
         self.epoch, self.batch, self.row, self.loss_sums = self.epoch + 1, 0, {}, {}
 
 
@@ -107,6 +125,7 @@ def fit(
                     callback.after_step(state)
                 for callback in callbacks:
                     callback.at_rest(state)
+            state.open_row()
             for callback in callbacks:
                 callback.after_epoch(state)
             state.close_epoch()
@@ -140,7 +159,7 @@ class StopSignals:
 
     def _handle(self, signum: int, _frame: object) -> None:
         if self.received:
-            raise Interrupted(signum)
+            raise KeyboardInterrupt
         self.received = signum
         if self._immediate:
             raise Interrupted(signum)
@@ -157,74 +176,53 @@ class StopSignals:
             self._immediate = False
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Command line
+class ProgressBar(Callback):
+    """A bar over the whole run: losses, FID, best FID, images/s, time left. Without a terminal: a line an epoch."""
 
+    FETCH_SECONDS = 2.0  # losses are fetched from the device no more often than this
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
+    def __init__(self, total_images: int, epochs: int):
+        self.total_images, self.epochs = total_images, epochs
+        self.bar = None
 
+    def on_start(self, state: TrainState) -> None:
+        from tqdm import tqdm
 
-def natural(text: str) -> int:
-    """argparse type: an integer of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+        self.bar = tqdm(
+            total=self.total_images, initial=state.images, unit="img", unit_scale=True, smoothing=0, dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        self.fetched = time.perf_counter()
+        self.started = self.fetched, state.images
 
+    def after_step(self, state: TrainState) -> None:
+        if not self.bar.disable:
+            self.bar.update(state.images - self.bar.n)
+            if time.perf_counter() - self.fetched > self.FETCH_SECONDS:
+                self._show(state, state.mean_losses())
+                self.fetched = time.perf_counter()
 
-def positive_float(text: str) -> float:
-    """argparse type: a finite number above 0."""
-    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+    def after_epoch(self, state: TrainState) -> None:
+        self._show(state, state.row)
+        if self.bar.disable:
+            rate = (state.images - self.started[1]) / (time.perf_counter() - self.started[0])
+            left = datetime.timedelta(seconds=round((self.total_images - state.images) / rate))
+            print(f"epoch {state.epoch + 1}/{self.epochs}  {self._figures(state, state.row)}  "
+                  f"{rate:.0f} img/s  {left} left", flush=True)  # fmt: skip
 
+    def on_end(self, state: TrainState) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
-def fraction(text: str) -> float:
-    """argparse type: a number in [0, 1)."""
-    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+    def _show(self, state: TrainState, row: dict[str, float]) -> None:
+        self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(self._figures(state, row))
 
-
-def _number(text: str, kind: type, accept: Callable[[Any], bool], wanted: str) -> Any:
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the default of every flag that has one."""
-
-
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that every trainer has; a trainer sets its own defaults with `parser.set_defaults`."""
-    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--epochs", type=positive_int, default=100, help="passes over the training digits")
-    flag("--batch-size", type=positive_int, default=128, help="images in a step")
-    flag("--lr", type=positive_float, default=1e-4, help="learning rate of Adam")
-    flag("--lr-schedule", choices=("constant", "plateau", "cosine"), default="constant",
-         help="plateau: halve when the FID has not improved for half of --patience; cosine: to zero over --epochs")
-    flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
-    flag("--ema-decay", type=fraction, default=0.999, help="decay of that average in a step")
-    flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
-    flag("--patience", type=positive_int, default=10, help="scorings without a better FID before stopping")
-    flag("--eval-every", type=positive_int, default=1, help="epochs between scorings")
-    flag("--eval-samples", type=positive_int, default=10_000, help="samples in a scoring")
-    flag("--save-every", type=natural, default=0, help="epochs between numbered checkpoints; 0: none")
-    flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
-    flag("--dataset", choices=("mnist", "digits"), default="mnist",
-         help="digits: scikit-learn's embedded 8x8 digits, for trying things out without a download")
-    flag("--limit", type=natural, default=0, help="train on this many random digits only; 0: on all")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-         help="auto: bf16 on a GPU that has it, else fp32; bf16 on a CPU pays while nothing else wants its cores")
-    flag("--compile", choices=("auto", "on", "off"), default="auto",
-         help="torch.compile the networks; auto is off, which is faster on a CPU")
-    flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
-    flag("--seed", type=natural, default=0, help="seed of weights, order, noise and scoring")
-    flag("--width", type=positive_int, default=64, help="channels of the networks, in their own unit")
-    flag("--out-dir", default=None, help="folder for checkpoints/, reports/ and samples/ (default: this one; runs/... "
-         "with --dry-run, --limit or --dataset digits)")
-    flag("--resume", action=switch, default=False, help="continue the last run in --out-dir, with its flags")
-    flag("--dry-run", action=switch, default=False, help="a few steps, one small scoring, every output file, in seconds")
-    flag("--preset", choices=("default", "reference"), default="default",
-         help="reference: the classic table (batch 128, Adam 1e-4, EMA 0.999, patience 10), to compare against")  # fmt: skip
+    def _figures(self, state: TrainState, row: dict[str, float]) -> str:
+        last = state.log[-1] if state.log else {}
+        shown = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("loss")]
+        if "fid" in (scored := row if "fid" in row else last):
+            shown.append(f"FID {scored['fid']:.3f}")
+        if state.best_epoch:
+            shown.append(f"best {state.best_fid:.3f} @{state.best_epoch}")
+        return "  ".join(shown)

@@ -1,0 +1,138 @@
+"""The adversarial update, its losses, and the assembly that both GAN trainers share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from experiment import Experiment
+from models import build
+from training import TrainState
+from utils import autocast, keyed_generator
+
+
+class GANLoss(NamedTuple):
+    """Losses of the logits [B] of real and generated images, the discriminator's norm, and its gradient penalty."""
+
+    discriminator: Callable[[Tensor, Tensor], Tensor]  # (real, fake) -> scalar
+    generator: Callable[[Tensor, Tensor], Tensor]
+    norm: str
+    penalty: float  # weight gamma of R1 + R2
+    paired: bool  # whether the generator's loss looks at real logits
+
+
+LOSSES = {
+    # Non-saturating loss with BatchNorm in the discriminator: Goodfellow et al. 2014, section 3; Radford et al. 2016.
+    "bce": GANLoss(
+        lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
+        lambda real, fake: F.softplus(-fake).mean(),
+        norm="batch", penalty=0.0, paired=False,
+    ),
+    # Hinge loss with spectral normalisation: Miyato et al. 2018, eqs. 16 and 17.
+    "hinge": GANLoss(
+        lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+        lambda real, fake: -fake.mean(),
+        norm="spectral", penalty=0.0, paired=False,
+    ),
+    # Relativistic pairing with zero-centred gradient penalties on both sides: R3GAN, Huang et al. 2024, eqs. 2 to 4.
+    "relativistic": GANLoss(
+        lambda real, fake: F.softplus(fake - real).mean(),
+        lambda real, fake: F.softplus(real - fake).mean(),
+        norm="none", penalty=1.0, paired=True,
+    ),
+}  # fmt: skip
+
+
+class GANStep:
+    """One update of the discriminator, then one of the generator, on the same batch and noise.
+
+    Calling it with images [B, 1, 28, 28] in [-1, 1] and labels [B] returns the two losses as device scalars.
+    """
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        optimizers: dict[str, torch.optim.Optimizer],
+        loss: GANLoss,
+        state: TrainState,
+        seed: int,
+        precision: str,
+    ):
+        self.generator, self.discriminator, self.loss = generator, discriminator, loss
+        self.generator_optimizer, self.discriminator_optimizer = optimizers["lr"], optimizers["d_lr"]
+        self.state, self.seed, self.precision = state, seed, precision
+        self.conditional = generator.config.num_classes > 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        labels = labels if self.conditional else None
+        rng = keyed_generator("cpu", self.seed, "noise", self.state.step)
+        noise = torch.randn(len(images), self.generator.config.latent_dim, generator=rng).to(images.device)
+        with autocast(images.device, self.precision):
+            fake = self.generator(noise, labels)  # [B, 1, 28, 28], used by both updates
+
+        loss_d = self._update_discriminator(images, fake.detach(), labels)
+        loss_g = self._update_generator(images, fake, labels)
+        return {"loss_d": loss_d, "loss_g": loss_g}
+
+    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
+        self.discriminator.requires_grad_(True)
+        if self.loss.penalty:
+            real, fake = real.detach().requires_grad_(), fake.requires_grad_()
+        with autocast(real.device, self.precision):
+            # Two passes: a common one would mix real and generated images in BatchNorm's statistics.
+            real_logit, fake_logit = self.discriminator(real, labels), self.discriminator(fake, labels)
+            loss = self.loss.discriminator(real_logit, fake_logit)
+        total = loss
+        if self.loss.penalty:
+            penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)
+            total = loss + 0.5 * self.loss.penalty * penalty
+        self.discriminator_optimizer.zero_grad()
+        total.backward()
+        self.discriminator_optimizer.step()
+        return loss.detach()
+
+    def _update_generator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
+        self.discriminator.requires_grad_(False)  # its weight gradients would be thrown away: a third of its backward
+        with autocast(real.device, self.precision):
+            real_logit = self.discriminator(real, labels) if self.loss.paired else None
+            loss = self.loss.generator(real_logit, self.discriminator(fake, labels))
+        self.generator_optimizer.zero_grad()
+        loss.backward()
+        self.generator_optimizer.step()
+        return loss.detach()
+
+
+def gradient_penalty(logit: Tensor, images: Tensor) -> Tensor:
+    """Mean squared gradient norm of the logits [B] at their images [B, ...] (R1: Mescheder et al. 2018, eq. 9)."""
+    (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
+    return gradient.float().square().flatten(1).sum(1).mean()
+
+
+
+
+def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str, title: str) -> None:
+    """Train the GAN called `name` in the registry: the whole of train_gan.py and train_cgan.py but their flags."""
+    run = Experiment(args, prefix, title)
+    loss = LOSSES[args.loss]
+
+    generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
+    discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
+    networks = {"generator": generator, "discriminator": discriminator}
+    for network in networks.values():
+        network.to(run.device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
+        if args.compile == "on":
+            network.compile()
+
+    betas = (args.beta1, 0.999)
+    optimizers = {
+        "lr": torch.optim.Adam(generator.parameters(), lr=args.lr, betas=betas, fused=True),
+        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr or args.lr, betas=betas, fused=True),
+    }
+    step = GANStep(generator, discriminator, optimizers, loss, run.state, args.seed, run.precision)
+    run.train(step, generator, networks, optimizers, {"G": (name, generator), "D": (f"{name}_discriminator", discriminator)})

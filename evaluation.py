@@ -1,0 +1,155 @@
+"""Scoring a generator: the pinned extractor, the reference statistics, the real-versus-real floor.
+
+What the trainers' monitor and evaluate.py share. Samples are rounded to uint8 once, before any metric.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import metrics
+from checkpoint import file_sha256, load_model, read_tensors, write_tensors
+from data import Digits, load_digits, to_model_range, to_uint8
+from metrics import Estimate, Gaussian
+from utils import ExpectedError, keyed_generator
+
+CHECKPOINTS = Path(__file__).parent / "checkpoints"
+CLASSIFIER_SHA256 = "0721f5905ba150b02c92f010b7f543d1a8d15754b544f67b358196077fdc6b08"
+STATISTICS_NAME = "classifier_statistics.pt"
+FLOOR_SUBSETS = 8
+FLOOR_SIZES = (500, 1000, 2000, 5000, 10_000)
+CHUNK = 250  # images a forward pass: the fastest on a CPU, whose caches larger ones leave
+
+
+class Extractor:
+    """The digit classifier as a ruler: uint8 images -> features and class probabilities, always in fp32.
+
+    Raises:
+        ExpectedError: the file is missing, or is not the pinned one (`sha256`; an empty string accepts any).
+    """
+
+    def __init__(
+        self, device: torch.device | str = "cpu", path: Path = CHECKPOINTS / "classifier.pt", sha256: str = CLASSIFIER_SHA256
+    ):
+        self.network = load_model(path, device).to(memory_format=torch.channels_last)
+        if self.network.model_name != "classifier":
+            raise ExpectedError(f"{path} holds a {self.network.model_name}, not the classifier; restore the shipped file")
+        self.device, self.sha256 = torch.device(device), file_sha256(path)
+        if sha256 and self.sha256 != sha256:
+            raise ExpectedError(f"{path} is not the pinned classifier, so its figures could not be compared; restore it")
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [N, 1, 28, 28] -> features [N, D] and class probabilities [N, K], float32."""
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images are scored as uint8, not {images.dtype}; see data.to_uint8")
+        parts = []
+        for chunk in images.split(CHUNK):
+            chunk = to_model_range(chunk.to(self.device)).contiguous(memory_format=torch.channels_last)
+            features = self.network.features(chunk)
+            parts.append((features, self.network.head(features).softmax(1)))
+        features, probabilities = zip(*parts)
+        return torch.cat(features), torch.cat(probabilities)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What samples are compared with: a Gaussian of real features, and the floor by sample size.
+
+    The floor is the FID that real training digits reach against this reference at the same size, mean and standard
+    deviation over eight random subsets. No subset is part of its own reference: against the training set, each is
+    compared with the digits that it leaves.
+    """
+
+    statistics: Gaussian
+    floors: dict[int, Estimate]
+
+    def ratio(self, fid: float, n: int) -> float:
+        """FID over the floor at `n` samples; nan where that floor was not measured."""
+        return fid / self.floors[n].mean if n in self.floors else float("nan")
+
+
+def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / STATISTICS_NAME) -> Reference:
+    """The shipped statistics of MNIST's `train` or `test` split.
+
+    Raises:
+        ExpectedError: the file is missing, damaged, or belongs to another classifier.
+    """
+    content = read_tensors(path)
+    if content.get("classifier_sha256") != extractor.sha256:
+        raise ExpectedError(f"{path} belongs to another classifier; run train_classifier.py --statistics-only")
+    part = content[split]
+    statistics = Gaussian(part["mean"].to(extractor.device), part["covariance"].to(extractor.device), part["n"])
+    return Reference(statistics, {n: Estimate(*floor) for n, floor in part["floors"].items()})
+
+
+def measure_reference(digits: Digits, extractor: Extractor, floor_sizes: tuple[int, ...]) -> Reference:
+    """Statistics of a training set, with the floor of each size that leaves at least half of the digits."""
+    features, _ = extractor(digits.images)
+    sizes = [n for n in floor_sizes if n <= len(digits) // 2]
+    return Reference(metrics.gaussian(features), {n: floor(features, n) for n in sizes})
+
+
+def floor(features: Tensor, n: int, reference: Gaussian | None = None) -> Estimate:
+    """FID of `n` of the real training `features` [N, D] to `reference`, or without one to the rest of them."""
+    fids = []
+    for subset in range(FLOOR_SUBSETS):
+        order = torch.randperm(len(features), generator=keyed_generator("cpu", "floor", subset)).to(features.device)
+        chosen, rest = features[order[:n]], features[order[n:]]
+        fids.append(metrics.frechet_distance(metrics.gaussian(chosen), reference or metrics.gaussian(rest)))
+    return metrics.estimate(fids)
+
+
+def write_statistics(extractor: Extractor, data_dir: str | os.PathLike, path: Path) -> None:
+    """Measure the statistics and floors of both splits of MNIST and write them, tied to the classifier's hash."""
+    train = load_digits("mnist", "train", data_dir, extractor.device)
+    test = load_digits("mnist", "test", data_dir, extractor.device)
+    train_features, test_features = extractor(train.images)[0], extractor(test.images)[0]
+    test_statistics = metrics.gaussian(test_features)
+
+    def part(statistics: Gaussian, reference: Gaussian | None) -> dict:
+        floors = {n: tuple(floor(train_features, n, reference)) for n in FLOOR_SIZES}
+        return {"mean": statistics.mean.cpu(), "covariance": statistics.covariance.cpu(), "n": statistics.n, "floors": floors}
+
+    write_tensors(
+        path,
+        {
+            "format": 1,
+            "classifier_sha256": extractor.sha256,
+            "train": part(metrics.gaussian(train_features), None),
+            "test": part(test_statistics, test_statistics),
+        },
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores a generator on `n` samples of fixed noise: what the monitor calls after an epoch."""
+
+    extractor: Extractor
+    reference: Reference
+    n: int
+    seed: int
+
+    def __call__(self, generator: nn.Module) -> dict[str, float]:
+        """FID, its ratio to the floor, and inception score of `generator`'s samples."""
+        images = to_uint8(generator.sample(self.n, rng=keyed_generator("cpu", self.seed, "scoring")))
+        features, probabilities = self.extractor(images)
+        fid = metrics.frechet_distance(metrics.gaussian(features), self.reference.statistics)
+        score = metrics.inception_score(probabilities, keyed_generator("cpu", self.seed, "splits"))
+        return {"fid": fid, "fid_ratio": self.reference.ratio(fid, self.n), "is": score.mean, "is_std": score.std}
+
+
+def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int) -> Scorer:
+    """The scorer of a training on `digits`: against the shipped training-set statistics of MNIST (also with --limit),
+    or against the training part of the embedded digits."""
+    if digits.name == "mnist":
+        reference = load_reference("train", extractor)
+    else:
+        reference = measure_reference(digits, extractor, (n,))
+    return Scorer(extractor, reference, n, seed)

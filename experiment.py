@@ -1,0 +1,189 @@
+"""What every trainer does around `fit`: device, data, folders, the callbacks in their order, signals and resuming."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import callbacks
+import data
+from checkpoint import FORMAT, read_tensors
+from evaluation import Extractor, training_scorer
+from training import Callback, ProgressBar, StopSignals, TrainState, fit
+from utils import ExpectedError, Interrupted, choose_device, make_deterministic, provenance, resolve_precision
+
+# What a resumed run may change; everything else is taken from the run that is continued.
+CHANGEABLE = {"epochs", "patience", "early_stop", "save_every", "data_dir", "device", "out_dir", "resume", "dry_run"}
+DRY_RUN = {"epochs": 2, "eval_samples": 500, "save_every": 1}
+DRY_RUN_BATCHES = 4
+
+
+class Experiment:
+    """A run of one trainer. `prefix` names its checkpoints (`best_GAN_G.pt`), `title` its log and GIF.
+
+    Reads `self.args` (with the flags of the run that is resumed), `self.device`, `self.precision` and `self.state`.
+
+    Raises:
+        ExpectedError: bad data, device or batch size; nothing to resume, or flags that contradict the resumed run.
+    """
+
+    def __init__(self, args: argparse.Namespace, prefix: str, title: str):
+        self.prefix, self.title, self.state = prefix, title, TrainState()
+        self.out_dir = _out_dir(args)
+        self.last = self.out_dir / "checkpoints" / f"last_{prefix}.pt"
+        self.saved = _read_last(self.last, prefix) if args.resume else None
+        if self.saved:
+            _adopt_flags(args, self.saved["flags"])
+            vars(self.state).update(self.saved["state"])
+            self._check_unfinished(args)
+        elif args.dry_run:
+            vars(args).update(DRY_RUN)
+        self.args, self.device = args, choose_device(args.device)
+        self.precision = resolve_precision(args.precision, self.device)
+        args.precision = self.precision
+        if args.deterministic:
+            make_deterministic()
+        torch.manual_seed(args.seed)  # of the initial weights: all later randomness is keyed
+        self.digits = self._load_digits()
+        self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
+
+    def _check_unfinished(self, args: argparse.Namespace) -> None:
+        if self.state.stop_reason and "patience" not in args.given and args.early_stop:
+            raise ExpectedError(f"this run has stopped: {self.state.stop_reason}; give a larger --patience to go on")
+        if self.state.epoch >= args.epochs:
+            raise ExpectedError(f"this run has completed its {self.state.epoch} epochs; give a larger --epochs to go on")
+        self.state.stop_reason = ""
+
+    def _load_digits(self) -> data.Digits:
+        args = self.args
+        data_dir = args.data_dir or data.default_data_dir()
+        digits = data.load_digits(args.dataset, "train", data_dir, self.device, args.limit, args.seed)
+        if args.dry_run:
+            digits = digits.subset(min(len(digits), DRY_RUN_BATCHES * args.batch_size), "dry run", args.seed)
+        return digits
+
+    def train(
+        self,
+        train_step: Callable,
+        model: nn.Module,
+        networks: dict[str, nn.Module],
+        optimizers: dict[str, torch.optim.Optimizer],
+        exports: dict[str, tuple[str, nn.Module]],
+    ) -> None:
+        """Train, score and write until the run is over, or a signal interrupts it.
+
+        Args:
+            train_step: (images, labels) -> losses by name, as device scalars; it may read `self.state`.
+            model: the network that is sampled: the monitor scores its EMA.
+            networks, optimizers: by name, what a resumed run must restore; the optimizers' names are their columns in
+                the log.
+            exports: suffix of the file -> (model name, network), what to write; `model` is written as its EMA.
+        """
+        args, signals = self.args, StopSignals()
+        ema = callbacks.EMA(model, args.ema_decay) if args.ema else None
+        sampled = ema.model if ema else model
+        scorer = training_scorer(self.digits, Extractor(self.device), args.eval_samples, args.seed)
+        flags = {name: value for name, value in vars(args).items() if name not in ("data_dir", "out_dir", "given", "resume")}
+        files = {
+            f"{self.prefix}_{suffix}".rstrip("_"): (name, sampled if network is model else network)
+            for suffix, (name, network) in exports.items()
+        }
+        # The order is the contract: EMA, then monitor, early stopping and learning rate, then the writers.
+        hooks = {
+            "ema": ema,
+            "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
+            "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
+            "lr_schedule": self._lr_schedule(list(optimizers.values())),
+            "gif": callbacks.ProgressGIF(self.path("samples", "progress.gif"), sampled, 64, args.seed),
+            "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), optimizers),
+            "bar": ProgressBar(args.epochs * self.batches_per_epoch * args.batch_size, args.epochs),
+            "checkpoints": callbacks.CheckpointWriter(
+                self.last.parent, files, args.save_every, {"flags": flags, "versions": provenance()}
+            ),
+        }
+        hooks = {name: hook for name, hook in hooks.items() if hook}
+        parts = {**networks, **optimizers, **hooks}
+        header = {"format": FORMAT, "training": self.prefix, "flags": flags}
+        saver = callbacks.StateSaver(self.last, parts, header, signals)
+        if self.saved:
+            self._restore(parts)
+
+        with signals:
+            try:
+                fit(train_step, self.batches, args.epochs, [*hooks.values(), saver], self.state)
+            except Interrupted as stop:
+                saver.save(self.state)
+                raise Interrupted(stop.signum, f"To continue: {self._resume_line()}") from None
+        self._report(hooks)
+
+    def batches(self, epoch: int, start: int):
+        """The batches of `epoch` from number `start` on, as `fit` asks for them."""
+        return data.epoch_batches(self.digits, self.args.batch_size, self.args.seed, epoch, start)
+
+    def path(self, folder: str, name: str) -> Path:
+        """Where this run writes `name`, such as reports/gan_training_log.csv."""
+        return self.out_dir / folder / f"{self.title}_{name}"
+
+    def _lr_schedule(self, optimizers: list[torch.optim.Optimizer]) -> Callback | None:
+        args = self.args
+        if args.lr_schedule == "plateau":
+            return callbacks.ReduceLROnPlateau(optimizers, max(1, args.patience // 2))
+        if args.lr_schedule == "cosine":
+            return callbacks.CosineLR(optimizers, args.epochs * self.batches_per_epoch)
+        return None
+
+    def _restore(self, parts: dict) -> None:
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(self.saved["parts"][name])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise ExpectedError(f"{self.last} does not fit this version of the code ({error}); start a new run") from error
+
+    def _resume_line(self) -> str:
+        return f"python {Path(sys.argv[0]).name} --resume --out-dir {self.out_dir}"
+
+    def _report(self, hooks: dict) -> None:
+        state = self.state
+        print(f"done after {state.epoch} epochs and {state.seconds / 60:.1f} minutes: "
+              f"{state.stop_reason or 'all epochs completed'}")  # fmt: skip
+        if state.best_epoch:
+            print(f"best FID {state.best_fid:.3f} at epoch {state.best_epoch} ({self.args.eval_samples} samples, "
+                  "mnist extractor, against the training set)")  # fmt: skip
+        written = [hooks["checkpoints"].folder / f"best_{file}.pt" for file in hooks["checkpoints"].exports]
+        print("wrote", *written, hooks["log"].path, hooks["gif"].path, self.last, sep="\n  ")
+
+
+def _out_dir(args: argparse.Namespace) -> Path:
+    """`--out-dir`; else this folder for real runs, and one under runs/ for trials, which never touch shipped files."""
+    if args.out_dir:
+        return Path(args.out_dir)
+    if args.dry_run:
+        return Path("runs/dry-run")
+    if args.limit:
+        return Path("runs/limit")
+    return Path("runs/digits") if args.dataset == "digits" else Path(".")
+
+
+def _read_last(path: Path, prefix: str) -> dict:
+    if not path.exists():
+        raise ExpectedError(f"there is no run to resume: {path} does not exist; leave out --resume, or give its --out-dir")
+    saved = read_tensors(path)
+    if saved.get("format") != FORMAT or saved.get("training") != prefix or not {"flags", "state", "parts"} <= saved.keys():
+        raise ExpectedError(f"{path} is not the state of a {prefix} training of format {FORMAT}; start a new run")
+    return saved
+
+
+def _adopt_flags(args: argparse.Namespace, flags: dict) -> None:
+    """Take the resumed run's flags; refuse a typed flag that contradicts them."""
+    for name, value in flags.items():
+        if name in args.given and name in CHANGEABLE:
+            continue
+        if name in args.given and name != "precision" and getattr(args, name) != value:
+            flag = "--" + name.replace("_", "-")
+            raise ExpectedError(f"{flag} {getattr(args, name)} differs from the resumed run's {value}; leave it out")
+        setattr(args, name, value)

@@ -1,0 +1,111 @@
+"""The command-line flags that the scripts share. Imports nothing heavy: `--help` must answer at once."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "an integer of at least 1")
+
+
+def natural(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
+
+
+def fraction(text: str) -> float:
+    """argparse type: a number in [0, 1)."""
+    return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+
+
+def _number(text: str, kind: type, accept: Callable[[Any], bool], wanted: str) -> Any:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """No abbreviations; a bad argument ends in one `error:` line and exit code 2, help shows every default."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+
+    def error(self, message: str) -> None:
+        """Leave with exit code 2."""
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that every trainer has; a trainer sets its own defaults with `parser.set_defaults`."""
+    flag, switch = parser.add_argument, argparse.BooleanOptionalAction
+    flag("--epochs", type=positive_int, default=100, help="passes over the training digits")
+    flag("--batch-size", type=positive_int, default=128, help="images in a step")
+    flag("--lr", type=positive_float, default=1e-4, help="learning rate of Adam")
+    flag("--lr-schedule", choices=("constant", "plateau", "cosine"), default="constant",
+         help="plateau: halve when the FID has not improved for half of --patience; cosine: to zero over --epochs")
+    flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
+    flag("--ema-decay", type=fraction, default=0.999, help="decay of that average in a step")
+    flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
+    flag("--patience", type=positive_int, default=10, help="scorings without a better FID before stopping")
+    flag("--eval-every", type=positive_int, default=1, help="epochs between scorings")
+    flag("--eval-samples", type=positive_int, default=10_000, help="samples in a scoring")
+    flag("--save-every", type=natural, default=0, help="epochs between numbered checkpoints; 0: none")
+    flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
+    flag("--dataset", choices=("mnist", "digits"), default="mnist",
+         help="digits: scikit-learn's embedded 8x8 digits, for trying things out without a download")
+    flag("--limit", type=natural, default=0, help="train on this many random digits only; 0: on all")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+         help="auto: bf16 on a GPU that has it, else fp32; bf16 on a CPU pays while nothing else wants its cores")
+    flag("--compile", choices=("auto", "on", "off"), default="auto",
+         help="torch.compile the networks; auto is off, which is faster on a CPU")
+    flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
+    flag("--seed", type=natural, default=0, help="seed of weights, order, noise and scoring")
+    flag("--width", type=positive_int, default=64, help="channels of the networks, in their own unit")
+    flag("--out-dir", default=None, help="folder for checkpoints/, reports/ and samples/ (default: this one; runs/... "
+         "with --dry-run, --limit or --dataset digits)")
+    flag("--resume", action=switch, default=False, help="continue the last run in --out-dir, with its flags")
+    flag("--dry-run", action=switch, default=False, help="a few steps, one small scoring, every output file, in seconds")
+    flag("--preset", choices=("default", "reference"), default="default",
+         help="reference: the classic table (batch 128, Adam 1e-4, EMA 0.999, patience 10), to compare against")  # fmt: skip
+
+
+def add_gan_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that both GAN trainers have beside the common ones."""
+    flag = parser.add_argument
+    flag("--latent-dim", type=positive_int, default=100, help="dimensions of the generator's noise")
+    flag("--loss", choices=("bce", "hinge", "relativistic"), default="bce",
+         help="bce: non-saturating, BatchNorm; hinge: spectral norm; relativistic: R3GAN's, with gradient penalties")
+    flag("--beta1", type=fraction, default=0.5, help="beta1 of Adam")
+    flag("--d-lr", type=positive_float, default=None, help="learning rate of the discriminator (default: --lr)")  # fmt: skip
+
+
+def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any]) -> argparse.Namespace:
+    """Parse, with the defaults in `reference` for `--preset reference`; `args.given` names the flags that were typed."""
+    typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: None for action in parser._actions}))
+    if typed.preset == "reference":
+        parser.set_defaults(**reference)
+    args = parser.parse_args(argv)
+    if args.eval_every > args.epochs:
+        parser.error(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing would be scored")
+    args.given = sorted(name for name, value in vars(typed).items() if value is not None)
+    return args

@@ -1,0 +1,68 @@
+"""Everything a person looks at: grids, GIFs, comparisons. Images come as uint8 [N, 1, H, W]; files are written atomically."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils import atomic_path
+
+PAD = 2  # pixels between the images of a grid
+
+
+def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+    """uint8 [N, 1, H, W] -> one uint8 picture, row by row, white digits on black; nearly square without `columns`."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
+        raise ValueError(f"a grid is made of uint8 [N, 1, H, W], not {images.dtype} {list(images.shape)}")
+    count, _, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    padded = torch.nn.functional.pad(images[:, 0].cpu(), (0, PAD, 0, PAD))  # [N, H + PAD, W + PAD]
+    blank = torch.zeros(rows * columns - count, height + PAD, width + PAD, dtype=torch.uint8)
+    cells = torch.cat([padded, blank]).view(rows, columns, height + PAD, width + PAD)
+    picture = cells.transpose(1, 2).reshape(rows * (height + PAD), columns * (width + PAD))
+    return np.pad(picture.numpy(), ((PAD, 0), (PAD, 0)))
+
+
+def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
+    """The picture [H, W] under a line of text."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("L", (picture.shape[1], 18), 0)
+    ImageDraw.Draw(strip).text((4, 3), caption, fill=255)
+    return np.concatenate([np.asarray(strip), picture])
+
+
+def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """Write uint8 [H, W] or [H, W, 3] as PNG."""
+    import imageio.v3 as imageio
+
+    with atomic_path(path) as temporary:
+        imageio.imwrite(temporary, picture, extension=".png")
+
+
+def write_gif(path: str | os.PathLike, frames: Tensor, seconds: float = 8.0) -> None:
+    """Write uint8 frames [F, H, W] as an endless GIF of about `seconds`, resting on its last frame."""
+    import imageio.v3 as imageio
+
+    milliseconds = max(40, round(1000 * seconds / len(frames)))
+    with atomic_path(path) as temporary:
+        durations = [milliseconds] * (len(frames) - 1) + [max(1500, milliseconds)]
+        imageio.imwrite(temporary, frames.numpy(), extension=".gif", duration=durations, loop=0)
+
+
+def write_side_by_side(path: str | os.PathLike, panels: dict[str, Tensor], columns: int | None = None) -> None:
+    """Draw grids of uint8 [N, 1, H, W] next to each other, each under its title."""
+    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+
+    figure = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        axes.imshow(image_grid(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(title, fontsize=11)
+        axes.set_axis_off()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
