@@ -48,6 +48,9 @@ LOSSES = {
 }  # fmt: skip
 
 
+PENALTY_EVERY = 4  # steps; the penalty is weighted up in turn (lazy regularisation: Karras et al. 2020, section 3.1)
+
+
 class GANStep:
     """One update of the discriminator, then one of the generator, on the same batch and noise.
 
@@ -82,16 +85,17 @@ class GANStep:
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(True)
-        if self.loss.penalty:
+        penalised = self.loss.penalty and self.state.step % PENALTY_EVERY == 0
+        if penalised:
             real, fake = real.detach().requires_grad_(), fake.requires_grad_()
         with autocast(real.device, self.precision):
             # Two passes: a common one would mix real and generated images in BatchNorm's statistics.
             real_logit, fake_logit = self.discriminator(real, labels), self.discriminator(fake, labels)
             loss = self.loss.discriminator(real_logit, fake_logit)
         total = loss
-        if self.loss.penalty:
+        if penalised:
             penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)
-            total = loss + 0.5 * self.loss.penalty * penalty
+            total = loss + 0.5 * PENALTY_EVERY * self.loss.penalty * penalty
         self.discriminator_optimizer.zero_grad()
         total.backward()
         self.discriminator_optimizer.step()
@@ -112,8 +116,6 @@ def gradient_penalty(logit: Tensor, images: Tensor) -> Tensor:
     """Mean squared gradient norm of the logits [B] at their images [B, ...] (R1: Mescheder et al. 2018, eq. 9)."""
     (gradient,) = torch.autograd.grad(logit.sum(), images, create_graph=True)
     return gradient.float().square().flatten(1).sum(1).mean()
-
-
 
 
 def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str, title: str) -> None:

@@ -93,7 +93,8 @@ class EarlyStopping(Callback):
         improved = state.best_epoch == state.epoch + 1
         self.without_gain = 0 if improved else self.without_gain + 1
         if self.without_gain >= self.patience:
-            state.stop_reason = f"no better FID in {self.patience} scorings (best {state.best_fid:.3f} at epoch {state.best_epoch})"
+            best = f"best {state.best_fid:.3f} at epoch {state.best_epoch}"
+            state.stop_reason = f"no better FID in {self.patience} scorings ({best})"
 
     def state_dict(self) -> dict:
         return {"without_gain": self.without_gain}

@@ -17,12 +17,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from models import MODELS, build
+from models import build
 from utils import ExpectedError, atomic_path
 
 FORMAT = 1
 MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
 MAX_TRAINING_BYTES = 8 * 2**30
+_UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def save_model(path: str | os.PathLike, name: str, model: nn.Module, meta: dict, half: bool = True) -> None:
@@ -60,10 +61,10 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> n
     """Any model of the registry, in eval mode on `device`, in float32; errors as for `load_generator`."""
     content = read_tensors(path, MAX_MODEL_BYTES)
     if content.get("format") != FORMAT or not {"model", "config", "weights", "meta"} <= content.keys():
-        raise ExpectedError(f"{path} is not a model checkpoint of format {FORMAT}; it may come from another program or version")
+        raise ExpectedError(f"{path} is not a model checkpoint of format {FORMAT}; it may be another program's")
     name, config, weights = content["model"], content["config"], content["weights"]
     try:
-        if not isinstance(name, str) or not isinstance(config, dict) or not isinstance(weights, dict):
+        if not isinstance(name, str) or not all(isinstance(content[part], dict) for part in ("config", "weights", "meta")):
             raise ValueError("its entries have the wrong types")
         with torch.device("meta"):  # checks names and shapes before any memory is taken
             _check_weights(build(name, **config).state_dict(), weights)
@@ -96,7 +97,7 @@ def read_tensors(path: str | os.PathLike, max_bytes: int = MAX_TRAINING_BYTES) -
     try:
         _check_container(path, max_bytes)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError, *_UNREADABLE) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExpectedError(f"{path} is damaged or no checkpoint ({reason}); train or download it again") from error
     if not isinstance(content, dict):
@@ -135,4 +136,3 @@ def _check_weights(expected: dict, weights: dict) -> None:
             raise ValueError(f"weight {key} has type {value.dtype}")
         if not torch.isfinite(value).all():
             raise ValueError(f"weight {key} is not finite")
-

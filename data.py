@@ -126,7 +126,9 @@ def epoch_batches(
 def batches_per_epoch(digits: Digits, batch_size: int) -> int:
     """Full batches in the data set; `ExpectedError` if there is none."""
     if batch_size > len(digits):
-        raise ExpectedError(f"--batch-size {batch_size} is more than the {len(digits)} training digits; choose a smaller one")
+        raise ExpectedError(
+            f"--batch-size {batch_size} is more than the {len(digits)} training digits; choose a smaller one"
+        )
     return len(digits) // batch_size
 
 

@@ -114,7 +114,8 @@ def write_statistics(extractor: Extractor, data_dir: str | os.PathLike, path: Pa
 
     def part(statistics: Gaussian, reference: Gaussian | None) -> dict:
         floors = {n: tuple(floor(train_features, n, reference)) for n in FLOOR_SIZES}
-        return {"mean": statistics.mean.cpu(), "covariance": statistics.covariance.cpu(), "n": statistics.n, "floors": floors}
+        mean, covariance = statistics.mean.cpu(), statistics.covariance.cpu()
+        return {"mean": mean, "covariance": covariance, "n": statistics.n, "floors": floors}
 
     write_tensors(
         path,
@@ -148,8 +149,40 @@ class Scorer:
 def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int) -> Scorer:
     """The scorer of a training on `digits`: against the shipped training-set statistics of MNIST (also with --limit),
     or against the training part of the embedded digits."""
-    if digits.name == "mnist":
-        reference = load_reference("train", extractor)
-    else:
-        reference = measure_reference(digits, extractor, (n,))
+    shipped = digits.name == "mnist"
+    reference = load_reference("train", extractor) if shipped else measure_reference(digits, extractor, (n,))
     return Scorer(extractor, reference, n, seed)
+
+
+class TestSet:
+    """The MNIST test set as the reference of `score`, with what every row shares computed once.
+
+    Args:
+        test, train: both splits; the training digits serve the memorisation figures alone.
+    """
+
+    def __init__(self, test: Digits, train: Digits, extractor: Extractor):
+        self.extractor = extractor
+        self.features, _ = extractor(test.images)
+        self.statistics = metrics.gaussian(self.features)
+        self.train_images = train.images
+        self.test_distances, _ = metrics.nearest_neighbours(test.images, train.images)
+
+    def score(self, images: Tensor, seed: int, memorised: bool = True) -> dict[str, float]:
+        """Every figure of uint8 images [N, 1, 28, 28]; `seed` decides the subsets and splits.
+
+        `memorised=False` leaves out the figures that compare with the training digits: of those, they say nothing.
+        """
+        features, probabilities = self.extractor(images)
+        inception = metrics.inception_score(probabilities, keyed_generator("cpu", seed, "splits"))
+        scores = {
+            "fid": metrics.frechet_distance(metrics.gaussian(features), self.statistics),
+            "kid": metrics.kernel_distance(self.features, features, keyed_generator("cpu", seed, "kid")).mean,
+            "is": inception.mean,
+            **metrics.fidelity(self.features, features)._asdict(),
+        }
+        if memorised:
+            distances, _ = metrics.nearest_neighbours(images, self.train_images)
+            found = metrics.memorisation(distances, self.test_distances)
+            scores |= {f"nearest_{name}": value for name, value in found._asdict().items()}
+        return scores

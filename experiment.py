@@ -18,7 +18,8 @@ from training import Callback, ProgressBar, StopSignals, TrainState, fit
 from utils import ExpectedError, Interrupted, choose_device, make_deterministic, provenance, resolve_precision
 
 # What a resumed run may change; everything else is taken from the run that is continued.
-CHANGEABLE = {"epochs", "patience", "early_stop", "save_every", "data_dir", "device", "out_dir", "resume", "dry_run"}
+CHANGEABLE = {"epochs", "patience", "save_every", "device"}
+EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
 DRY_RUN = {"epochs": 2, "eval_samples": 500, "save_every": 1}
 DRY_RUN_BATCHES = 4
 
@@ -46,6 +47,7 @@ class Experiment:
         self.args, self.device = args, choose_device(args.device)
         self.precision = resolve_precision(args.precision, self.device)
         args.precision = self.precision
+        args.eval_samples = args.eval_samples or EVAL_SAMPLES[args.dataset]
         if args.deterministic:
             make_deterministic()
         torch.manual_seed(args.seed)  # of the initial weights: all later randomness is keyed
@@ -53,7 +55,7 @@ class Experiment:
         self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
 
     def _check_unfinished(self, args: argparse.Namespace) -> None:
-        if self.state.stop_reason and "patience" not in args.given and args.early_stop:
+        if self.state.stop_reason and "patience" not in args.given:
             raise ExpectedError(f"this run has stopped: {self.state.stop_reason}; give a larger --patience to go on")
         if self.state.epoch >= args.epochs:
             raise ExpectedError(f"this run has completed its {self.state.epoch} epochs; give a larger --epochs to go on")
@@ -181,9 +183,10 @@ def _read_last(path: Path, prefix: str) -> dict:
 def _adopt_flags(args: argparse.Namespace, flags: dict) -> None:
     """Take the resumed run's flags; refuse a typed flag that contradicts them."""
     for name, value in flags.items():
+        typed = getattr(args, name)
         if name in args.given and name in CHANGEABLE:
             continue
-        if name in args.given and name != "precision" and getattr(args, name) != value:
+        if name in args.given and typed not in (value, "auto"):
             flag = "--" + name.replace("_", "-")
-            raise ExpectedError(f"{flag} {getattr(args, name)} differs from the resumed run's {value}; leave it out")
+            raise ExpectedError(f"{flag} {typed} differs from the resumed run's {value}; leave it out")
         setattr(args, name, value)

@@ -60,29 +60,49 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--epochs", type=positive_int, default=100, help="passes over the training digits")
     flag("--batch-size", type=positive_int, default=128, help="images in a step")
     flag("--lr", type=positive_float, default=1e-4, help="learning rate of Adam")
-    flag("--lr-schedule", choices=("constant", "plateau", "cosine"), default="constant",
-         help="plateau: halve when the FID has not improved for half of --patience; cosine: to zero over --epochs")
+    flag(
+        "--lr-schedule",
+        choices=("constant", "plateau", "cosine"),
+        default="constant",
+        help="plateau: halve when the FID has not improved for half of --patience; cosine: to zero over --epochs",
+    )
     flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
     flag("--ema-decay", type=fraction, default=0.999, help="decay of that average in a step")
     flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
     flag("--patience", type=positive_int, default=10, help="scorings without a better FID before stopping")
     flag("--eval-every", type=positive_int, default=1, help="epochs between scorings")
-    flag("--eval-samples", type=positive_int, default=10_000, help="samples in a scoring")
+    flag("--eval-samples", type=positive_int, default=None, help="samples in a scoring (default: 10000; digits: 700)")
     flag("--save-every", type=natural, default=0, help="epochs between numbered checkpoints; 0: none")
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
-    flag("--dataset", choices=("mnist", "digits"), default="mnist",
-         help="digits: scikit-learn's embedded 8x8 digits, for trying things out without a download")
+    flag(
+        "--dataset",
+        choices=("mnist", "digits"),
+        default="mnist",
+        help="digits: scikit-learn's embedded 8x8 digits, for trying things out without a download",
+    )
     flag("--limit", type=natural, default=0, help="train on this many random digits only; 0: on all")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-         help="auto: bf16 on a GPU that has it, else fp32; bf16 on a CPU pays while nothing else wants its cores")
-    flag("--compile", choices=("auto", "on", "off"), default="auto",
-         help="torch.compile the networks; auto is off, which is faster on a CPU")
+    flag(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 on a GPU that has it, else fp32; bf16 on a CPU pays while nothing else wants its cores",
+    )
+    flag(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="torch.compile the networks; auto is off, which is faster on a CPU",
+    )
     flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
     flag("--seed", type=natural, default=0, help="seed of weights, order, noise and scoring")
     flag("--width", type=positive_int, default=64, help="channels of the networks, in their own unit")
-    flag("--out-dir", default=None, help="folder for checkpoints/, reports/ and samples/ (default: this one; runs/... "
-         "with --dry-run, --limit or --dataset digits)")
+    flag(
+        "--out-dir",
+        default=None,
+        help="folder for checkpoints/, reports/ and samples/ (default: this one; runs/... "
+        "with --dry-run, --limit or --dataset digits)",
+    )
     flag("--resume", action=switch, default=False, help="continue the last run in --out-dir, with its flags")
     flag("--dry-run", action=switch, default=False, help="a few steps, one small scoring, every output file, in seconds")
     flag("--preset", choices=("default", "reference"), default="default",
@@ -93,13 +113,19 @@ def add_gan_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that both GAN trainers have beside the common ones."""
     flag = parser.add_argument
     flag("--latent-dim", type=positive_int, default=100, help="dimensions of the generator's noise")
-    flag("--loss", choices=("bce", "hinge", "relativistic"), default="bce",
-         help="bce: non-saturating, BatchNorm; hinge: spectral norm; relativistic: R3GAN's, with gradient penalties")
+    flag(
+        "--loss",
+        choices=("bce", "hinge", "relativistic"),
+        default="bce",
+        help="bce: non-saturating, BatchNorm; hinge: spectral norm; relativistic: R3GAN's, with gradient penalties",
+    )
     flag("--beta1", type=fraction, default=0.5, help="beta1 of Adam")
     flag("--d-lr", type=positive_float, default=None, help="learning rate of the discriminator (default: --lr)")  # fmt: skip
 
 
-def parse_training_args(parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any]) -> argparse.Namespace:
+def parse_training_args(
+    parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any]
+) -> argparse.Namespace:
     """Parse, with the defaults in `reference` for `--preset reference`; `args.given` names the flags that were typed."""
     typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: None for action in parser._actions}))
     if typed.preset == "reference":

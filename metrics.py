@@ -49,7 +49,7 @@ class Memorisation(NamedTuple):
 def estimate(values: list[float]) -> Estimate:
     """Mean and standard deviation of repeated measurements (the deviation of a single one is nan)."""
     tensor = torch.tensor(values, dtype=torch.float64)
-    return Estimate(float(tensor.mean()), float(tensor.std()))
+    return Estimate(float(tensor.mean()), float(tensor.std()) if len(values) > 1 else float("nan"))
 
 
 def gaussian(features: Tensor) -> Gaussian:

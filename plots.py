@@ -1,4 +1,4 @@
-"""Everything a person looks at: grids, GIFs, comparisons. Images come as uint8 [N, 1, H, W]; files are written atomically."""
+"""Everything a person looks at: grids, GIFs, comparisons. Images come as uint8 [N, 1, H, W]; writing is atomic."""
 
 from __future__ import annotations
 

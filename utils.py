@@ -6,12 +6,12 @@ torch is imported inside the functions, so that a script can parse its arguments
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +69,19 @@ def choose_device(name: str = "auto") -> torch.device:
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise ExpectedError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
+    if device.type == "cpu":
+        _keep_freed_memory()
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Stop glibc from handing each freed activation back to the kernel, only to fault its pages in again a step later."""
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):  # another C library: its own policy stands
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_threshold, 32 * 2**20)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 256 * 2**20)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
@@ -150,8 +162,3 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-
-
-def quiet_warnings() -> None:
-    """Silence a warning that users cannot act on and that breaks the progress bar."""
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step.*")

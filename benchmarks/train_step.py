@@ -1,0 +1,127 @@
+"""How fast is a GAN training step? Ours against the plain loop of the classic DCGAN example, on the very same networks.
+
+The plain loop: fp32, a DataLoader with ToTensor and Normalize, separate backward passes with all gradients, ordinary
+Adam, `.item()` in every step, no EMA. Ours: `GANStep` on the tensor-resident data, the fused optimizer and the EMA.
+Both alternate in one process; reported are images/s (median of the repeats) and the ratio of the medians.
+
+    python benchmarks/train_step.py
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from torch import nn
+
+import data
+import flags
+from adversarial import LOSSES, GANStep
+from callbacks import EMA
+from models import build
+from training import TrainState
+from utils import choose_device
+
+
+def main() -> None:
+    parser = flags.ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--width", type=flags.positive_int, default=32, help="channels of both networks")
+    flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
+    flag("--steps", type=flags.positive_int, default=10, help="steps in a repeat")
+    flag("--repeats", type=flags.positive_int, default=5, help="timed repeats of each loop, after one to warm up")
+    flag("--workers", type=flags.natural, default=0, help="loader processes of the plain loop")
+    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    args.data_dir = args.data_dir or data.default_data_dir()
+    loops = {
+        "plain loop, fp32": plain_loop(args, device),
+        "ours, fp32, EMA": our_loop(args, device, "fp32"),
+        "ours, bf16, EMA": our_loop(args, device, "bf16"),
+    }
+    rates = {name: [] for name in loops}
+    for repeat in range(args.repeats + 1):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            for _ in range(args.steps):
+                next(loop)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat:
+                rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
+
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, width {args.width}, "
+          f"batch {args.batch_size}, {args.repeats} x {args.steps} steps")  # fmt: skip
+    base = statistics.median(rates["plain loop, fp32"])
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(f"{name:18s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})   x {median / base:.2f}")
+
+
+def networks(args, device) -> tuple[nn.Module, nn.Module]:
+    """The same pair for both loops: BatchNorm in the generator and the discriminator, as in the classic example."""
+    torch.manual_seed(0)
+    return (build("dcgan", width=args.width).to(device),
+            build("dcgan_discriminator", width=args.width, norm="batch").to(device))  # fmt: skip
+
+
+def plain_loop(args, device):
+    """The update of the classic DCGAN example; a step each time the iterator is advanced."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    dataset = datasets.MNIST(args.data_dir, train=True, transform=transform)
+    loader = torch.utils.data.DataLoader(
+        dataset, batch_size=args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers
+    )
+    generator, discriminator = networks(args, device)
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    bce = nn.BCEWithLogitsLoss()
+    ones = torch.ones(args.batch_size, device=device)
+
+    for images, _ in itertools.chain.from_iterable(itertools.repeat(loader)):
+        images = images.to(device)
+        discriminator.zero_grad()
+        error_real = bce(discriminator(images), ones)
+        error_real.backward()
+        fake = generator(torch.randn(len(images), generator.config.latent_dim, device=device))
+        error_fake = bce(discriminator(fake.detach()), 0 * ones)
+        error_fake.backward()
+        optimizer_d.step()
+        generator.zero_grad()
+        error_g = bce(discriminator(fake), ones)
+        error_g.backward()
+        optimizer_g.step()
+        yield (error_real + error_fake).item(), error_g.item()
+
+
+def our_loop(args, device, precision: str):
+    """`GANStep` with its EMA, as train_gan.py assembles them; a step each time the iterator is advanced."""
+    digits = data.load_digits("mnist", "train", args.data_dir, device)
+    generator, discriminator = (network.to(memory_format=torch.channels_last) for network in networks(args, device))
+    betas = (0.5, 0.999)
+    optimizers = {
+        "lr": torch.optim.Adam(generator.parameters(), lr=2e-4, betas=betas, fused=True),
+        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=betas, fused=True),
+    }
+    state, ema = TrainState(), EMA(generator, 0.999)
+    step = GANStep(generator, discriminator, optimizers, LOSSES["bce"], state, 0, precision)
+    for epoch in itertools.count():
+        for images, labels in data.epoch_batches(digits, args.batch_size, 0, epoch):
+            state.count(step(images, labels), len(images))
+            ema.after_step(state)
+            yield
+
+
+if __name__ == "__main__":
+    main()

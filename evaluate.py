@@ -1,0 +1,87 @@
+"""Score generators against the MNIST test set, beside the floor that real training digits reach at the same size."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from flags import ArgumentParser, natural, positive_int
+from utils import ExpectedError, choose_device, keyed_generator, run_script
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--models", nargs="+", default=["checkpoints/best_GAN_G.pt"], help="generator checkpoints to score")
+    flag("--n", type=positive_int, default=10_000, help="samples for each seed; also the size of the floor's subsets")
+    flag("--seeds", type=positive_int, default=3, help="sampling seeds: figures are given as their mean and deviation")
+    flag("--seed", type=natural, default=0, help="the first of the seeds")
+    flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flag("--out", default="reports/metrics.csv", help="the table to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    import data
+    import metrics
+    from callbacks import write_csv
+    from checkpoint import load_generator
+    from evaluation import FLOOR_SUBSETS, Extractor, TestSet
+
+    # Load: the checkpoints first, so that a bad one is refused before any work
+    device = choose_device(args.device)
+    generators = {path: load_generator(path, device) for path in args.models}
+    data_dir = args.data_dir or data.default_data_dir()
+    train = data.load_digits("mnist", "train", data_dir, device)
+    test = data.load_digits("mnist", "test", data_dir, device)
+    if args.n > len(test):
+        raise ExpectedError(f"--n {args.n} is more than the {len(test)} test digits; the figures would lose their floor")
+    reference = TestSet(test, train, Extractor(device))
+
+    # The floor: random training digits, scored like samples
+    rows = []
+    subsets = [train.subset(args.n, "floor", i).images for i in range(FLOOR_SUBSETS)]
+    floor = summarise([reference.score(images, i, memorised=False) for i, images in enumerate(subsets)])
+    rows.append({"model": "real training digits", "n": args.n, "repeats": FLOOR_SUBSETS, **floor})
+    show(rows[-1])
+
+    # The models, with several seeds
+    for path, generator in generators.items():
+        scores = []
+        for seed in range(args.seed, args.seed + args.seeds):
+            samples = generator.sample(args.n, rng=keyed_generator("cpu", seed, "evaluate"))
+            scores.append(reference.score(data.to_uint8(samples), seed))
+        summary = summarise(scores)
+        ratio = metrics.Estimate(summary["fid"] / floor["fid"], summary["fid_std"] / floor["fid"])
+        row = {"model": generator.model_name, "n": args.n, "repeats": args.seeds, "fid_ratio": ratio.mean}
+        rows.append({**row, "fid_ratio_std": ratio.std, **summary, "checkpoint": path})
+        show(rows[-1])
+
+    write_csv(args.out, rows)
+    print(f"wrote {args.out} (mnist extractor, {args.n} samples, against the {len(test)} test digits)")
+
+
+def summarise(scores: list[dict[str, float]]) -> dict[str, float]:
+    """Mean and standard deviation over repetitions: {name: mean, name_std: deviation}."""
+    from metrics import estimate
+
+    summary = {}
+    for name in scores[0]:
+        summary[name], summary[f"{name}_std"] = estimate([score[name] for score in scores])
+    return summary
+
+
+def show(row: dict) -> None:
+    """Print a row, a figure with its deviation to a line."""
+    print(f"\n{row['model']}  (n = {row['n']}, {row['repeats']} repeats)")
+    for name, value in row.items():
+        if f"{name}_std" in row:
+            print(f"  {name:26s} {value:9.4f} +- {row[f'{name}_std']:.4f}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run_script(main)

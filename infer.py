@@ -1,0 +1,104 @@
+"""Draw real digits beside generated ones into one picture."""
+
+from __future__ import annotations
+
+import argparse
+
+from flags import ArgumentParser, natural, positive_int
+from utils import ExpectedError, choose_device, keyed_generator, run_script
+
+MAX_DRAWS = 200  # batches of `n` samples before `--digit` gives up on an unconditional model
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--gan-model", default="checkpoints/best_GAN_G.pt", help="checkpoint of the GAN's generator")
+    flag("--n", type=positive_int, default=64, help="digits in a panel")
+    flag(
+        "--digit",
+        type=int,
+        choices=range(10),
+        default=None,
+        help="show this digit only: asked of a conditional model; of an unconditional one, samples that the classifier "
+        "reads so are kept (default: all digits)",
+    )
+    flag("--out", default="samples/infer_side_by_side.png", help="the picture to write")
+    flag("--seed", type=natural, default=0, help="seed of the noise and of the choice of real digits")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
+    flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",
+         help="the real digits; auto: MNIST where it lies in --data-dir, else scikit-learn's embedded digits; mnist: "
+         "downloads it if it is missing")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    import plots
+    from checkpoint import load_generator
+
+    # Load
+    device = choose_device(args.device)
+    generator = load_generator(args.gan_model, device)
+
+    # Real digits and samples, uint8 [n, 1, 28, 28] each
+    title, real = real_digits(args)
+    samples = draw(generator, args.n, args.digit, args.seed, device)
+
+    # Draw
+    panels = {title: real, f"{generator.model_name} (epoch {generator.meta.get('epoch', '?')})": samples}
+    plots.write_side_by_side(args.out, panels)
+    print(f"wrote {args.out}")
+
+
+def real_digits(args: argparse.Namespace):
+    """Title and uint8 [n, 1, 28, 28] of random real digits from the test split, or what stands in for it offline."""
+    import data
+
+    data_dir = args.data_dir or data.default_data_dir()
+    name = args.dataset
+    if name == "auto":
+        name = "mnist" if data.has_mnist(data_dir) else "digits"
+        if name == "digits":
+            print(f"MNIST is not in {data_dir}: the real digits shown are scikit-learn's (--dataset mnist downloads MNIST)")
+    digits = data.load_digits(name, "test", data_dir)
+    if args.digit is not None:
+        digits = digits.select((digits.labels == args.digit).nonzero()[:, 0])
+    if args.n > len(digits):
+        raise ExpectedError(f"--n {args.n} is more than the {len(digits)} real digits of {name} to choose from")
+    title = "real digits (MNIST test set)" if name == "mnist" else "real digits (scikit-learn, 8x8 enlarged)"
+    return title, digits.subset(args.n, "infer", args.seed).images
+
+
+def draw(generator, n: int, digit: int | None, seed: int, device):
+    """uint8 [n, 1, 28, 28] samples; with `digit`, of that digit only.
+
+    Raises:
+        ExpectedError: an unconditional generator hardly ever makes the digit.
+    """
+    import torch
+
+    from data import to_uint8
+    from evaluation import Extractor
+
+    rng = keyed_generator("cpu", seed, "infer")
+    if digit is None:
+        return to_uint8(generator.sample(n, rng=rng))
+    if generator.config.num_classes:
+        return to_uint8(generator.sample(n, labels=torch.full((n,), digit), rng=rng))
+
+    extractor, kept, drawn = Extractor(device), [], 0
+    while sum(map(len, kept)) < n:
+        if drawn >= MAX_DRAWS * n:
+            raise ExpectedError(f"{drawn} samples held fewer than {n} digits that read as {digit}; ask for a smaller --n")
+        images = to_uint8(generator.sample(max(n, 64), rng=rng))
+        drawn += len(images)
+        kept.append(images[extractor(images)[1].argmax(1) == digit])
+    print(f"{sum(map(len, kept))} of {drawn} samples read as {digit}; {n} are shown")
+    return torch.cat(kept)[:n]
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,62 @@
+"""Fixtures: the data folder, and scripts run in this process or in one of their own."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import default_data_dir, has_mnist
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> str:
+    folder = default_data_dir()
+    if not has_mnist(folder):
+        pytest.skip(f"MNIST is not in {folder} (set MNIST_DIR)")
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a script's `main` in this process: (exit code, stdout, stderr). Much faster than a process of its own."""
+
+    def call(script: str, *args: object):
+        from utils import run_script
+
+        main = runpy.run_path(str(ROOT / script))["main"]
+        code = 0
+        try:
+            run_script(lambda: main([str(arg) for arg in args]))
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def run_process(script: str, *args: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    """Run a script in a process of its own, as a user would."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
+
+
+def error_line(stderr: str) -> str:
+    """The one line that a failure may print; fails where there is more, or a traceback."""
+    lines = stderr.strip().splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: "), stderr
+    return lines[0]

@@ -1,0 +1,184 @@
+"""Model files: what is written comes back, equal runs give equal files, and nothing foreign is believed."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+
+import pytest
+import torch
+from test_models import SMALL, small
+
+from checkpoint import file_sha256, load_generator, load_model, read_tensors, save_model, write_tensors
+from models import MODELS
+from utils import ExpectedError
+
+META = {"epoch": 3, "metrics": {"fid": 1.5}, "flags": {}, "versions": {}}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small generator and its file."""
+    network = small("dcgan")
+    path = tmp_path / "best_GAN_G.pt"
+    save_model(path, "dcgan", network, META)
+    return network, path
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_round_trip(tmp_path, name, half):
+    network = small(name)
+    save_model(tmp_path / "model.pt", name, network, META, half=half)
+    loaded = load_model(tmp_path / "model.pt")
+    assert loaded.model_name == name and loaded.meta == META and loaded.config == network.config and not loaded.training
+    for key, value in network.state_dict().items():
+        stored = value.half().float() if half and value.is_floating_point() else value
+        assert torch.equal(loaded.state_dict()[key], stored), key
+
+
+def test_sampling_needs_no_architecture_flags(saved):
+    network, path = saved
+    ours, theirs = (model.sample(3, rng=torch.Generator().manual_seed(1)) for model in (network, load_generator(path)))
+    assert torch.allclose(ours, theirs, atol=1e-2)
+
+
+def test_equal_content_gives_equal_bytes(tmp_path, saved):
+    network, path = saved
+    save_model(tmp_path / "other_name.pt", "dcgan", network, META)
+    assert file_sha256(tmp_path / "other_name.pt") == file_sha256(path)
+
+
+@pytest.mark.parametrize("name", ["dcgan_discriminator", "classifier"])
+def test_what_cannot_be_sampled_is_no_generator(tmp_path, name):
+    save_model(tmp_path / "model.pt", name, small(name), META)
+    with pytest.raises(ExpectedError, match="cannot be sampled"):
+        load_generator(tmp_path / "model.pt")
+
+
+def test_weights_that_are_not_finite_are_never_written(saved):
+    network, path = saved
+    before = path.read_bytes()
+    with torch.no_grad():
+        network.conv28.bias[0] = torch.nan
+    with pytest.raises(ExpectedError, match="not finite"):
+        save_model(path, "dcgan", network, META)
+    assert path.read_bytes() == before
+    with torch.no_grad():
+        network.conv28.bias[0] = 1e6  # finite, but not in half precision
+    with pytest.raises(ExpectedError, match="not finite"):
+        save_model(path, "dcgan", network, META)
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_behind(saved, monkeypatch):
+    network, path = saved
+    before = path.read_bytes()
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(ExpectedError, match="No space left"):
+        save_model(path, "dcgan", network, META)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_truncated_files_are_refused(saved):
+    _, path = saved
+    content = path.read_bytes()
+    for sixteenth in range(16):
+        path.write_bytes(content[: len(content) * sixteenth // 16])
+        with pytest.raises(ExpectedError, match="damaged"):
+            load_generator(path)
+
+
+def test_flipped_bytes_are_refused(saved):
+    """Each is found by the container's checksums, wherever it lies; or it hits padding and changes nothing."""
+    network, path = saved
+    content = path.read_bytes()
+    for position in range(7, len(content), len(content) // 50):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x55
+        path.write_bytes(damaged)
+        try:
+            loaded = load_generator(path).state_dict()
+        except ExpectedError:
+            continue
+        assert all(torch.equal(loaded[key], value.half().to(value.dtype)) for key, value in network.state_dict().items())
+
+
+class Gadget:
+    def __reduce__(self):
+        return print, ("code from a checkpoint was run",)
+
+
+def test_pickles_are_never_run(tmp_path, capsys):
+    torch.save({"format": 1, "model": Gadget()}, tmp_path / "gadget.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Gadget()))
+    torch.save({"weights": Gadget()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    for name in ("gadget.pt", "plain.pt", "legacy.pt"):
+        with pytest.raises(ExpectedError, match="damaged"):
+            load_generator(tmp_path / name)
+    assert "was run" not in capsys.readouterr().out
+
+
+def test_compressed_members_are_refused(saved, tmp_path):
+    """torch stores its members as they are; a compressed one could explode."""
+    _, path = saved
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for member in source.namelist():
+            target.writestr(member, bytes(10_000_000) if member.endswith("data/0") else source.read(member))
+    with pytest.raises(ExpectedError, match="compressed"):
+        load_generator(bomb)
+
+
+def changed(path, **changes):
+    content = read_tensors(path)
+    for key, value in changes.items():
+        content[key] = value(content[key]) if callable(value) else value
+    write_tensors(path, content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": 2}, "format 1"),
+        ({"model": "vae"}, "unknown model"),
+        ({"model": "dcgan_discriminator"}, "no option latent_dim"),
+        ({"model": 5}, "wrong types"),
+        ({"meta": None}, "wrong types"),
+        ({"config": lambda c: c | {"width": 10**9}}, "width must be"),
+        ({"config": lambda c: c | {"width": 9}}, "shape"),
+        ({"config": lambda c: c | {"width": "8"}}, "width must be"),
+        ({"config": lambda c: c | {"depth": 1}}, "no option depth"),
+        ({"weights": lambda w: w | {"extra": torch.ones(1)}}, "unknown weights: extra"),
+        ({"weights": lambda w: {k: v for k, v in w.items() if k != "conv28.bias"}}, "missing: conv28.bias"),
+        ({"weights": lambda w: w | {"conv28.bias": torch.ones(2)}}, "shape"),
+        ({"weights": lambda w: w | {"conv28.bias": torch.tensor([torch.nan])}}, "not finite"),
+        ({"weights": lambda w: w | {"conv28.bias": torch.ones(1, dtype=torch.int64)}}, "type"),
+        ({"weights": lambda w: w | {"conv28.bias": [1.0]}}, "tensor"),
+    ],
+)
+def test_what_does_not_fit_is_refused(saved, changes, reason):
+    _, path = saved
+    changed(path, **changes)
+    with pytest.raises(ExpectedError, match=reason):
+        load_generator(path)
+
+
+def test_missing_files_folders_and_foreign_content(tmp_path):
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    for path, reason in (
+        ("none.pt", "does not exist"),
+        (".", "no file"),
+        ("list.pt", "a list"),
+        ("foreign.pt", "not a model"),
+    ):
+        with pytest.raises(ExpectedError, match=reason):
+            load_generator(tmp_path / path)
+
+
+def test_small_names_every_model():
+    assert SMALL.keys() == MODELS.keys()

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import functools
+import gzip
+import http.server
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from utils import ExpectedError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load_digits("digits", "train", "unused")
+
+
+def test_scaling_round_trip_is_exact():
+    levels = torch.arange(256, dtype=torch.uint8)
+    floats = data.to_model_range(levels)
+    assert floats.min() == -1 and floats.max() == 1
+    assert torch.equal(data.to_uint8(floats), levels)
+    assert data.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+
+
+def test_embedded_digits_are_split_without_overlap(digits):
+    test = data.load_digits("digits", "test", "unused")
+    assert digits.images.shape == (1437, 1, 28, 28) and digits.images.dtype == torch.uint8
+    assert test.images.shape == (360, 1, 28, 28)
+    assert set(digits.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
+    assert digits.images.max() == 255 and digits.images[:, :, :4].max() == 0  # a border, as MNIST has
+    seen = {image.numpy().tobytes() for image in digits.images}
+    assert sum(image.numpy().tobytes() in seen for image in test.images) <= 2
+
+
+def test_batches_are_seeded_by_seed_and_epoch(digits):
+    def labels(seed, epoch, start=0):
+        return [batch.tolist() for _, batch in data.epoch_batches(digits, 128, seed, epoch, start)]
+
+    assert labels(0, 0) == labels(0, 0)
+    assert labels(0, 0) != labels(0, 1) and labels(0, 0) != labels(1, 0)
+    assert labels(0, 0, start=5) == labels(0, 0)[5:]
+    assert len(labels(0, 0)) == 1437 // 128
+
+
+def test_an_epoch_visits_each_digit_once(digits):
+    few = digits.subset(256, "test")
+    images = torch.cat([images for images, _ in data.epoch_batches(few, 64, 0, 0)])
+    assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
+    seen = sorted(image.numpy().tobytes() for image in data.to_uint8(images))
+    assert seen == sorted(image.numpy().tobytes() for image in few.images)
+
+
+def test_limit_is_random_and_fixed_by_the_seed(digits):
+    a, b, c = (data.load_digits("digits", "train", "unused", limit=100, seed=seed) for seed in (0, 0, 1))
+    assert len(a) == 100 and torch.equal(a.images, b.images)
+    assert not torch.equal(a.images, c.images)
+    assert not torch.equal(a.images, digits.images[:100])
+
+
+def test_bad_sizes_are_refused(digits):
+    with pytest.raises(ExpectedError, match="--limit 5000"):
+        data.load_digits("digits", "train", "unused", limit=5000)
+    with pytest.raises(ExpectedError, match="--batch-size 2000"):
+        list(data.epoch_batches(digits, 2000, 0, 0))
+    with pytest.raises(ValueError, match="split"):
+        data.load_digits("digits", "validation", "unused")
+
+
+def test_mnist_is_complete(mnist_dir):
+    for split, count in (("train", 60_000), ("test", 10_000)):
+        digits = data.load_digits("mnist", split, mnist_dir)
+        assert digits.images.shape == (count, 1, 28, 28) and digits.images.dtype == torch.uint8
+        assert digits.labels.shape == (count,) and digits.labels.dtype == torch.int64
+    assert digits.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+
+
+def copy_mnist(mnist_dir: str, target: Path, gzipped: bool) -> Path:
+    raw = target / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for files in data.MNIST_FILES.values():
+        for name, _ in files:
+            source = Path(mnist_dir) / "MNIST" / "raw" / name
+            if gzipped:
+                content = (
+                    source.read_bytes() if source.exists() else gzip.decompress(source.with_name(f"{name}.gz").read_bytes())
+                )
+                (raw / f"{name}.gz").write_bytes(gzip.compress(content, 1))
+            else:
+                shutil.copy(source, raw / name)
+    return raw
+
+
+def test_gzipped_files_laid_by_hand_are_read(mnist_dir, tmp_path):
+    copy_mnist(mnist_dir, tmp_path, gzipped=True)
+    digits = data.load_digits("mnist", "test", tmp_path)
+    assert torch.equal(digits.images, data.load_digits("mnist", "test", mnist_dir).images)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
+def test_a_damaged_file_is_refused(mnist_dir, tmp_path, damage):
+    raw = copy_mnist(mnist_dir, tmp_path, gzipped=damage == "empty")
+    path = raw / ("t10k-images-idx3-ubyte" + (".gz" if damage == "empty" else ""))
+    content = bytearray(path.read_bytes())
+    content[5000] ^= 1
+    path.write_bytes({"flipped": content, "truncated": content[:5000], "empty": b""}[damage])
+    with pytest.raises(ExpectedError, match="t10k-images"):
+        data.load_digits("mnist", "test", tmp_path)
+
+
+def test_the_download_goes_on_to_the_second_mirror(mnist_dir, tmp_path, monkeypatch, capsys):
+    """The first mirror has nothing, the second serves the four files."""
+    from torchvision.datasets import MNIST, utils
+
+    mirror = copy_mnist(mnist_dir, tmp_path / "mirror", gzipped=True)
+    names = [f"{name}.gz" for files in data.MNIST_FILES.values() for name, _ in files]
+    monkeypatch.setattr(MNIST, "resources", [(name, utils.calculate_md5(mirror / name)) for name in names])
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=mirror)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(MNIST, "mirrors", [f"{url}nothing/", url])
+        digits = data.load_digits("mnist", "test", tmp_path / "data")
+        server.shutdown()
+    assert len(digits) == 10_000
+    assert "trying next mirror" in capsys.readouterr().out.lower()
+
+
+def test_unreachable_mirrors_say_what_to_do(tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nothing").as_uri() + "/"])
+    with pytest.raises(ExpectedError) as error:
+        data.load_digits("mnist", "train", tmp_path / "data")
+    for words in ("train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz", str(tmp_path), "--dataset digits"):
+        assert words in str(error.value)

@@ -1,0 +1,172 @@
+"""The metric cores against independent implementations and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from torch import nn
+
+import metrics
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def correlated(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:
+    g = rng(seed)
+    return torch.randn(n, d, generator=g) @ torch.randn(d, d, generator=g) + shift
+
+
+def sqrtm_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The textbook formula, with scipy's matrix root."""
+    a, b = a.double().numpy(), b.double().numpy()
+    s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = scipy.linalg.sqrtm(s @ t).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root))
+
+
+def test_frechet_distance_against_sqrtm():
+    a, b = correlated(500, 32, 1), correlated(400, 32, 2, shift=0.3)
+    ours = metrics.frechet_distance(metrics.gaussian(a), metrics.gaussian(b))
+    assert ours == pytest.approx(sqrtm_distance(a, b), rel=1e-8)
+
+
+def test_frechet_distance_against_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    class Flatten(nn.Module):
+        num_features = 48
+
+        def forward(self, images):
+            return images.flatten(1)[:, :48].double()
+
+    a, b = torch.rand(300, 3, 4, 4), torch.rand(200, 3, 4, 4) ** 2
+    theirs = FrechetInceptionDistance(feature=Flatten(), normalize=True, input_img_size=(3, 4, 4)).set_dtype(torch.float64)
+    theirs.update(a, real=True)
+    theirs.update(b, real=False)
+    ours = metrics.frechet_distance(*(metrics.gaussian(Flatten()(x)) for x in (a, b)))
+    assert ours == pytest.approx(float(theirs.compute()), rel=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians():
+    """For commuting covariances: |m|^2 + sum (sqrt s - sqrt t)^2."""
+    s, t, m = torch.tensor([4.0, 9.0, 0.0]), torch.tensor([1.0, 16.0, 25.0]), torch.tensor([1.0, 2.0, 2.0])
+    a = metrics.Gaussian(torch.zeros(3).double(), torch.diag(s).double(), 10)
+    b = metrics.Gaussian(m.double(), torch.diag(t).double(), 10)
+    assert metrics.frechet_distance(a, b) == pytest.approx(9 + 1 + 1 + 25)
+    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a))
+
+
+def test_frechet_distance_with_singular_covariances():
+    """A collapsed model (all samples equal) and fewer samples than dimensions."""
+    real = correlated(1000, 64, 3)
+    collapsed = real[:1].repeat(50, 1)
+    statistics = metrics.gaussian(real)
+    expected = float((collapsed[0].double() - statistics.mean).square().sum() + statistics.covariance.trace())
+    assert metrics.frechet_distance(metrics.gaussian(collapsed), statistics) == pytest.approx(expected, rel=1e-9)
+    few = metrics.gaussian(real[:20])
+    assert metrics.frechet_distance(few, statistics) == pytest.approx(sqrtm_distance(real[:20], real), rel=1e-4)
+    assert metrics.frechet_distance(few, statistics) == pytest.approx(metrics.frechet_distance(statistics, few), rel=1e-6)
+
+
+@pytest.mark.parametrize("features", [torch.ones(1, 4), torch.ones(4), torch.full((5, 4), math.nan)])
+def test_bad_features_are_refused(features):
+    with pytest.raises(ValueError, match="features"):
+        metrics.gaussian(features)
+
+
+def test_inception_score_against_torchmetrics():
+    """One split, so that the shuffle does not matter; then ten, by the definition."""
+    from torchmetrics.image.inception import InceptionScore
+
+    class Logits(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)[:, :10].float() / 40
+
+    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
+    theirs = InceptionScore(feature=Logits(), splits=1)
+    theirs.update(images)
+    ours = metrics.inception_score(Logits()(images).softmax(1), rng(), splits=1)
+    assert ours.mean == pytest.approx(float(theirs.compute()[0]), rel=1e-5)
+
+
+def test_inception_score_of_known_distributions():
+    certain = torch.eye(10).repeat(100, 1)
+    assert metrics.inception_score(certain, rng(), splits=1).mean == pytest.approx(10)
+    assert metrics.inception_score(torch.full((100, 10), 0.1), rng()).mean == pytest.approx(1)
+    assert metrics.inception_score(certain[:1].repeat(100, 1), rng()).mean == pytest.approx(1)  # one class: collapsed
+    ten = metrics.inception_score(certain, rng(), splits=10)
+    assert 9 < ten.mean < 10 and ten.std > 0
+    with pytest.raises(ValueError, match="at least 10 rows"):
+        metrics.inception_score(certain[:5], rng())
+
+
+def test_kernel_distance_against_torchmetrics():
+    from torchmetrics.image.kid import poly_mmd
+
+    a, b = correlated(200, 16, 4).double(), correlated(200, 16, 5, shift=0.5).double()
+    ours = metrics.kernel_distance(a, b, rng(), subsets=1, subset_size=200)  # the subset is the whole: order is no matter
+    assert ours.mean == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
+
+
+def test_kernel_distance_is_unbiased():
+    same = metrics.kernel_distance(torch.randn(3000, 8), torch.randn(3000, 8), rng(), subsets=50, subset_size=200)
+    assert abs(same.mean) < 3 * same.std / math.sqrt(50) + 1e-3
+    assert metrics.kernel_distance(torch.randn(500, 8), torch.randn(500, 8) + 1, rng()).mean > 0.1
+
+
+def brute_fidelity(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float, float, float]:
+    """The definitions, in loops."""
+
+    def radius(points, i):
+        return sorted(np.linalg.norm(points[i] - q) for j, q in enumerate(points) if j != i)[k - 1]
+
+    real_radius = [radius(real, i) for i in range(len(real))]
+    fake_radius = [radius(fake, i) for i in range(len(fake))]
+    distance = np.array([[np.linalg.norm(r - f) for f in fake] for r in real])
+    in_real = distance <= np.array(real_radius)[:, None]
+    in_fake = distance <= np.array(fake_radius)[None]
+    return in_real.any(0).mean(), in_fake.any(1).mean(), in_real.sum() / (k * len(fake)), in_real.any(1).mean()
+
+
+def test_fidelity_against_the_definitions(monkeypatch):
+    real, fake = torch.randn(70, 3).double(), torch.randn(50, 3).double() * 1.3 + 0.4
+    monkeypatch.setattr(metrics, "CHUNK", 16)  # so that several chunks are joined
+    assert metrics.fidelity(real, fake, k=3) == pytest.approx(brute_fidelity(real.numpy(), fake.numpy(), 3))
+
+
+def test_fidelity_sees_what_it_should():
+    real = torch.randn(1000, 4)
+    assert metrics.fidelity(real, torch.randn(1000, 4)).precision > 0.9
+    one_mode = metrics.fidelity(real, torch.randn(1000, 4) * 0.1)
+    assert one_mode.precision > 0.95 and one_mode.recall < 0.05 and one_mode.coverage < 0.3
+    far = metrics.fidelity(real, torch.randn(1000, 4) + 20)
+    assert far == (0, 0, 0, 0)
+    with pytest.raises(ValueError, match="at least 6"):
+        metrics.fidelity(real, real[:5])
+
+
+def test_nearest_neighbours_and_memorisation():
+    train = torch.rand(500, 1, 6, 6)
+    test = torch.rand(300, 1, 6, 6)
+    distance, index = metrics.nearest_neighbours(train[:40], train)
+    assert torch.equal(index, torch.arange(40)) and distance.max() < 1e-2
+    expected = (test[:, None] - train[None]).flatten(2).norm(dim=2).min(1)
+    found = metrics.nearest_neighbours(test, train)
+    assert torch.allclose(found[0], expected.values, atol=1e-4) and torch.equal(found[1], expected.indices)
+
+    copies = metrics.memorisation(metrics.nearest_neighbours(train[:100] + 0.001, train)[0], found[0])
+    assert copies.share_close == 1 and copies.median_ratio < 0.1 and copies.percentile_ratio < 0.1
+    fresh = metrics.memorisation(metrics.nearest_neighbours(torch.rand(2000, 1, 6, 6), train)[0], found[0])
+    assert fresh.share_close < 0.05 and fresh.median_ratio == pytest.approx(1, abs=0.05)
+
+
+def test_label_accuracy_and_estimate():
+    assert metrics.label_accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+    assert metrics.estimate([1.0, 2.0, 3.0]) == (2.0, 1.0)

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from models import MODELS, ClassBatchNorm2d, build
+from utils import keyed_generator
+
+SMALL = {"dcgan": {"width": 8}, "cdcgan": {"width": 8, "num_classes": 10}, "classifier": {"width": 4}}
+SMALL |= {f"{name}_discriminator": SMALL[name] for name in ("dcgan", "cdcgan")}
+
+
+def small(name: str, **config):
+    return build(name, **{**SMALL[name], **config})
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_registry_entry_has_its_shapes_and_ranges(name):
+    network = small(name)
+    images, labels = torch.rand(6, 1, 28, 28) * 2 - 1, torch.arange(6)
+    classes = getattr(network.config, "num_classes", 0)
+    if hasattr(network, "sample"):
+        samples = network.sample(6)
+        assert samples.shape == (6, 1, 28, 28) and samples.dtype == torch.float32
+        assert samples.min() >= -1 and samples.max() <= 1 and samples.std() > 0
+    elif name == "classifier":
+        assert network(images).shape == (6, 10)
+        assert network.features(images).shape == (6, network.config.features) and network.features(images).min() >= 0
+    else:
+        assert network(images, labels if classes else None).shape == (6,)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_configs_are_checked(name):
+    config_class, _ = MODELS[name]
+    assert dataclasses.is_dataclass(config_class)
+    for bad in (0, -1, 10**9, 3.0, "8", True, None):
+        with pytest.raises(ValueError, match="width"):
+            config_class(width=bad)
+    with pytest.raises(ValueError, match="no option depth"):
+        build(name, depth=3)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="unknown model 'vae'"):
+        build("vae")
+    with pytest.raises(ValueError, match="norm"):
+        build("dcgan_discriminator", norm="layer")
+
+
+@pytest.mark.parametrize("name", ["dcgan", "cdcgan"])
+class TestSampling:
+    def test_the_seed_decides(self, name):
+        network = small(name)
+        a, b, c = (network.sample(5, rng=keyed_generator("cpu", seed)) for seed in (0, 0, 1))
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+    def test_chunks_share_the_noise(self, name):
+        network = small(name)
+        whole, parts = (network.sample(7, rng=keyed_generator("cpu", 0), chunk_size=size) for size in (7, 3))
+        assert (whole - parts).abs().max() < 1 / 127.5  # within one grey level
+
+    def test_it_runs_in_eval_mode_and_leaves_the_mode(self, name):
+        network = small(name).train()
+        before = {key: value.clone() for key, value in network.state_dict().items()}
+        assert not network.sample(4).requires_grad
+        assert network.training
+        assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+    def test_unknown_options_are_refused_by_name(self, name):
+        with pytest.raises(TypeError, match="steps"):
+            small(name).sample(4, steps=10)
+        with pytest.raises(ValueError, match="at least one"):
+            small(name).sample(0)
+
+
+def test_labels_are_checked():
+    with pytest.raises(ValueError, match="unconditional"):
+        small("dcgan").sample(2, labels=torch.tensor([1, 2]))
+    conditional = small("cdcgan")
+    for bad in (torch.tensor([1]), torch.tensor([1.0, 2.0]), torch.tensor([1, 10]), torch.tensor([-1, 0])):
+        with pytest.raises(ValueError, match="labels must"):
+            conditional.sample(2, labels=bad)
+
+
+def test_labels_change_the_image_once_the_classes_differ():
+    network = small("cdcgan")
+    torch.nn.init.normal_(network.norm7a.bias.weight)
+    zeros, ones = (network.sample(2, labels=torch.full((2,), digit), rng=keyed_generator("cpu", 0)) for digit in (0, 1))
+    assert not torch.equal(zeros, ones)
+
+
+def test_class_batch_norm_is_a_gain_and_bias_for_each_class():
+    norm = ClassBatchNorm2d(3, 2)
+    torch.nn.init.normal_(norm.gain.weight)
+    torch.nn.init.normal_(norm.bias.weight)
+    x, labels = torch.randn(8, 3, 5, 5) * 4 + 2, torch.tensor([0, 1] * 4)
+    plain = torch.nn.functional.batch_norm(x, None, None, training=True)
+    expected = plain * norm.gain.weight[labels, :, None, None] + norm.bias.weight[labels, :, None, None]
+    assert torch.allclose(norm(x, labels), expected, atol=1e-5)
+
+
+def test_the_projection_is_linear_in_the_class():
+    """With equal images the logits of two classes differ by the inner product of their embeddings' difference."""
+    network = small("cdcgan_discriminator", norm="none")
+    images = torch.randn(4, 1, 28, 28)
+    seen = {}
+    network.norm7b.register_forward_hook(lambda module, inputs, output: seen.update(x=output))
+    a, b = (network(images, torch.full((4,), digit)) for digit in (2, 7))
+    pooled = torch.nn.functional.leaky_relu(seen["x"], 0.2).sum((2, 3))
+    difference = network.embed.weight[2] - network.embed.weight[7]
+    assert torch.allclose(a - b, pooled @ difference, atol=1e-4)
+
+
+def test_spectral_norm_bounds_every_layer():
+    network = small("cdcgan_discriminator", norm="spectral")
+    for _ in range(30):  # power iterations run in training mode
+        network(torch.randn(2, 1, 28, 28), torch.tensor([0, 1]))
+    for layer in (network.conv28, network.down14, network.conv14, network.down7, network.conv7, network.head, network.embed):
+        assert float(torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)) == pytest.approx(1, abs=0.05)
+
+
+def test_the_stem_is_a_transposed_convolution():
+    """The linear stem computes the DCGAN paper's first layer: a 7x7 transposed convolution of a 1x1 input."""
+    network = small("dcgan")
+    z = torch.randn(3, 100)
+    weight = network.stem.weight.view(7, 7, 32, 100).permute(3, 2, 0, 1)  # [in, out, 7, 7]
+    expected = torch.nn.functional.conv_transpose2d(z[:, :, None, None], weight)
+    ours = (network.stem(z) - network.stem.bias).unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)
+    assert torch.allclose(ours, expected, atol=1e-5)

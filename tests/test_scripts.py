@@ -1,0 +1,151 @@
+"""Every script as a user calls it: a dry run with all its files, and each bad input with one clear line."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, error_line, run_process
+
+from checkpoint import load_generator
+
+SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
+
+
+def test_train_gan_dry_run_writes_every_file(run, tmp_path):
+    args = ["--dry-run", "--dataset", "digits", "--width", 8, "--out-dir", tmp_path]
+    code, out, err = run("train_gan.py", *args)
+    assert code == 0, err
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {
+        "checkpoints/best_GAN_G.pt", "checkpoints/best_GAN_D.pt", "checkpoints/last_GAN.pt",
+        "checkpoints/GAN_G_epoch_001.pt", "checkpoints/GAN_D_epoch_001.pt",
+        "checkpoints/GAN_G_epoch_002.pt", "checkpoints/GAN_D_epoch_002.pt",
+        "reports/gan_training_log.csv", "samples/gan_progress.gif",
+    }  # fmt: skip
+    assert "FID" in out and "left" in out
+
+
+@pytest.mark.parametrize("loss", ["hinge", "relativistic"])
+def test_train_gan_dry_run_on_mnist(mnist_dir, run, tmp_path, loss):
+    args = ["--dry-run", "--data-dir", mnist_dir, "--width", 8, "--loss", loss, "--lr-schedule", "plateau", "--no-ema"]
+    code, _, err = run("train_gan.py", *args, "--precision", "bf16", "--out-dir", tmp_path)
+    assert code == 0, err
+    flags = load_generator(tmp_path / "checkpoints" / "best_GAN_G.pt").meta["flags"]
+    assert flags["loss"] == loss and flags["precision"] == "bf16" and flags["ema"] is False
+
+
+def test_train_classifier_dry_run(mnist_dir, run, tmp_path):
+    code, out, err = run("train_classifier.py", "--dry-run", "--data-dir", mnist_dir, "--out-dir", tmp_path)
+    assert code == 0, err
+    assert "test accuracy" in out and "SHA-256" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"classifier.pt", "classifier_statistics.pt"}
+
+
+def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = ["--dataset", "digits", "--limit", 256, "--width", 8, "--epochs", 1, "--eval-samples", 100]
+    assert run("train_gan.py", *args)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_the_reference_preset_is_the_table(run, tmp_path):
+    args = ["--preset", "reference", "--dry-run", "--dataset", "digits", "--width", 8, "--out-dir", tmp_path]
+    assert run("train_gan.py", *args)[0] == 0
+    flags = load_generator(tmp_path / "checkpoints" / "best_GAN_G.pt").meta["flags"]
+    expected = {"batch_size": 128, "lr": 1e-4, "ema_decay": 0.999, "patience": 10, "loss": "bce", "width": 8}
+    assert {name: flags[name] for name in expected} == expected
+
+
+BAD_ARGUMENTS = [
+    ("train_gan.py", ["--epochs", "0"], "--epochs"),
+    ("train_gan.py", ["--batch-size", "-3"], "--batch-size"),
+    ("train_gan.py", ["--lr", "nan"], "--lr"),
+    ("train_gan.py", ["--ema-decay", "1"], "--ema-decay"),
+    ("train_gan.py", ["--dataset", "cifar"], "--dataset"),
+    ("train_gan.py", ["--loss", "wasserstein"], "--loss"),
+    ("train_gan.py", ["--epo", "3"], "unrecognized"),
+    ("train_gan.py", ["--epochs", "2", "--eval-every", "3"], "--eval-every 3"),
+    ("train_classifier.py", ["--epochs", "none"], "--epochs"),
+    ("infer.py", ["--n", "0"], "--n"),
+    ("infer.py", ["--digit", "10"], "--digit"),
+]
+
+
+@pytest.mark.parametrize(("script", "args", "named"), BAD_ARGUMENTS)
+def test_bad_arguments_exit_with_2(run, script, args, named):
+    code, _, err = run(script, *args)
+    assert code == 2 and named in error_line(err)
+
+
+def test_failures_exit_with_1_and_overwrite_nothing(run, tmp_path):
+    truncated, picture = tmp_path / "truncated.pt", tmp_path / "picture.png"
+    truncated.write_bytes(SHIPPED.read_bytes()[:10_000])
+    picture.write_text("before")
+    for args, reason in (
+        (["--gan-model", tmp_path / "none.pt"], "does not exist"),
+        (["--gan-model", truncated], "damaged"),
+        (["--gan-model", ROOT / "checkpoints" / "classifier.pt"], "cannot be sampled"),
+        (["--gan-model", ROOT / "checkpoints" / "best_GAN_D.pt"], "cannot be sampled"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "toaster"], "toaster"),
+        (["--n", 100_000], "100000"),
+    ):
+        code, _, err = run("infer.py", "--out", picture, *args)
+        assert code == 1 and reason in error_line(err)
+        assert picture.read_text() == "before"
+
+
+def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nothing").as_uri() + "/"])
+    out = tmp_path / "out"
+    for args, reason in (
+        (["--data-dir", tmp_path / "nowhere"], "train-images-idx3-ubyte.gz"),
+        (["--dataset", "digits", "--batch-size", 5000], "--batch-size 5000"),
+        (["--dataset", "digits", "--limit", 5000], "--limit 5000"),
+        (["--dataset", "digits", "--device", "cuda:99"], "cuda:99"),
+    ):
+        code, _, err = run("train_gan.py", *args, "--out-dir", out)
+        assert code == 1 and reason in err.strip().splitlines()[-1]
+        assert not list(out.rglob("*.pt"))
+
+
+def test_another_classifier_is_no_ruler(run, tmp_path, monkeypatch):
+    import evaluation
+
+    shutil.copytree(ROOT / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "classifier.pt"
+    path.write_bytes((ROOT / "checkpoints" / "classifier_statistics.pt").read_bytes())
+    with pytest.raises(evaluation.ExpectedError):
+        evaluation.Extractor(path=path)
+
+
+def test_infer_draws_real_digits_beside_the_shipped_ones(run, tmp_path):
+    import imageio.v3 as imageio
+
+    first, second, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
+    assert run("infer.py", "--out", first)[0] == 0
+    assert run("infer.py", "--out", second)[0] == 0
+    assert run("infer.py", "--out", other, "--seed", 1)[0] == 0
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+    picture = np.asarray(imageio.imread(first))
+    assert picture.shape[1] > 1.5 * picture.shape[0] and picture.std() > 20
+
+
+def test_infer_without_mnist_says_so(run, tmp_path):
+    code, out, _ = run("infer.py", "--data-dir", tmp_path, "--out", tmp_path / "a.png", "--n", 16)
+    assert code == 0 and "scikit-learn" in out
+
+
+def test_infer_shows_one_digit(run, tmp_path):
+    code, out, err = run("infer.py", "--digit", 9, "--n", 9, "--out", tmp_path / "nines.png")
+    assert code == 0, err
+    assert "read as 9" in out and (tmp_path / "nines.png").exists()
+
+
+def test_a_process_of_its_own_prints_one_line(tmp_path):
+    result = run_process("infer.py", "--gan-model", "none.pt", cwd=tmp_path)
+    assert result.returncode == 1 and "none.pt" in error_line(result.stderr)
