@@ -134,7 +134,7 @@ def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str
     betas = (args.beta1, 0.999)
     optimizers = {
         "lr": torch.optim.Adam(generator.parameters(), lr=args.lr, betas=betas, fused=True),
-        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr or args.lr, betas=betas, fused=True),
+        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr, betas=betas, fused=True),
     }
     step = GANStep(generator, discriminator, optimizers, loss, run.state, args.seed, run.precision)
     run.train(step, generator, networks, optimizers, {"G": (name, generator), "D": (f"{name}_discriminator", discriminator)})

@@ -27,7 +27,8 @@ DRY_RUN_BATCHES = 4
 class Experiment:
     """A run of one trainer. `prefix` names its checkpoints (`best_GAN_G.pt`), `title` its log and GIF.
 
-    Reads `self.args` (with the flags of the run that is resumed), `self.device`, `self.precision` and `self.state`.
+    A trainer finds here `args` (those of the resumed run, if one is), `device`, `precision` and `state`; it builds its
+    networks and its step, and hands them to `train`.
 
     Raises:
         ExpectedError: bad data, device or batch size; nothing to resume, or flags that contradict the resumed run.

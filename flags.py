@@ -54,6 +54,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+# `--preset reference`: the table of the classic student projects, to compare the defaults against.
+REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "ema": True, "ema_decay": 0.999,
+             "early_stop": True, "patience": 10}  # fmt: skip
+GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
+
+
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that every trainer has; a trainer sets its own defaults with `parser.set_defaults`."""
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
@@ -110,26 +116,31 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_gan_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that both GAN trainers have beside the common ones."""
+    """The flags that both GAN trainers have beside the common ones, and their defaults for those."""
     flag = parser.add_argument
     flag("--latent-dim", type=positive_int, default=100, help="dimensions of the generator's noise")
     flag(
         "--loss",
         choices=("bce", "hinge", "relativistic"),
-        default="bce",
+        default="hinge",
         help="bce: non-saturating, BatchNorm; hinge: spectral norm; relativistic: R3GAN's, with gradient penalties",
     )
-    flag("--beta1", type=fraction, default=0.5, help="beta1 of Adam")
-    flag("--d-lr", type=positive_float, default=None, help="learning rate of the discriminator (default: --lr)")  # fmt: skip
+    flag("--beta1", type=fraction, default=0.0, help="beta1 of Adam")
+    flag("--d-lr", type=positive_float, default=1.5e-3, help="learning rate of the discriminator")  # fmt: skip
+    parser.set_defaults(width=32, lr=5e-4, lr_schedule="cosine")
 
 
 def parse_training_args(
     parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any]
 ) -> argparse.Namespace:
-    """Parse, with the defaults in `reference` for `--preset reference`; `args.given` names the flags that were typed."""
+    """Parse a trainer's arguments; `args.given` names the flags that were typed.
+
+    Args:
+        reference: the trainer's own part of `--preset reference`; a typed flag goes before any preset.
+    """
     typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: None for action in parser._actions}))
     if typed.preset == "reference":
-        parser.set_defaults(**reference)
+        parser.set_defaults(**REFERENCE, **reference)
     args = parser.parse_args(argv)
     if args.eval_every > args.epochs:
         parser.error(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing would be scored")
