@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from experiment import Experiment
 from models import build
 from training import TrainState
-from utils import autocast, keyed_generator
+from utils import ExpectedError, autocast, keyed_generator
 
 
 class GANLoss(NamedTuple):
@@ -123,8 +123,11 @@ def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str
     run = Experiment(args, prefix, title)
     loss = LOSSES[args.loss]
 
-    generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
-    discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
+    try:
+        generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
+        discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
+    except ValueError as error:
+        raise ExpectedError(f"{error}; choose another value") from error
     networks = {"generator": generator, "discriminator": discriminator}
     for network in networks.values():
         network.to(run.device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU

@@ -128,15 +128,16 @@ class CosineLR(Callback):
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], total_steps: int):
         self.total_steps = total_steps
-        self.groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
+        self.peaks = [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in optimizers]
 
     def on_start(self, state: TrainState) -> None:
         self.after_step(state)
 
     def after_step(self, state: TrainState) -> None:
         factor = 0.5 * (1 + math.cos(math.pi * min(1.0, state.step / self.total_steps)))
-        for group, peak in self.groups:
-            group["lr"] = peak * factor
+        for optimizer, peaks in self.peaks:
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
 
 
 class CheckpointWriter(Callback):

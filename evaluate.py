@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from flags import ArgumentParser, natural, positive_int
+from flags import ArgumentParser, positive_int, sample_count, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script
 
 
@@ -13,9 +13,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--models", nargs="+", default=["checkpoints/best_GAN_G.pt"], help="generator checkpoints to score")
-    flag("--n", type=positive_int, default=10_000, help="samples for each seed; also the size of the floor's subsets")
+    flag("--n", type=sample_count, default=10_000, help="samples for each seed; also the size of the floor's subsets")
     flag("--seeds", type=positive_int, default=3, help="sampling seeds: figures are given as their mean and deviation")
-    flag("--seed", type=natural, default=0, help="the first of the seeds")
+    flag("--seed", type=seed_number, default=0, help="the first of the seeds")
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     flag("--out", default="reports/metrics.csv", help="the table to write")

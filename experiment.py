@@ -20,7 +20,7 @@ from utils import ExpectedError, Interrupted, choose_device, make_deterministic,
 # What a resumed run may change; everything else is taken from the run that is continued.
 CHANGEABLE = {"epochs", "patience", "save_every", "device"}
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
-DRY_RUN = {"epochs": 2, "eval_samples": 500, "save_every": 1}
+DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 500, "save_every": 1}
 DRY_RUN_BATCHES = 4
 
 
@@ -155,7 +155,9 @@ class Experiment:
         print(f"done after {state.epoch} epochs and {state.seconds / 60:.1f} minutes: "
               f"{state.stop_reason or 'all epochs completed'}")  # fmt: skip
         if state.best_epoch:
-            print(f"best FID {state.best_fid:.3f} at epoch {state.best_epoch} ({self.args.eval_samples} samples, "
+            ratio = state.log[state.best_epoch - 1]["fid_ratio"]
+            floor = f", {ratio:.1f} times that of real digits" if ratio == ratio else ""  # nan: the floor is not known
+            print(f"best FID {state.best_fid:.3f} at epoch {state.best_epoch}{floor} ({self.args.eval_samples} samples, "
                   "mnist extractor, against the training set)")  # fmt: skip
         written = [hooks["checkpoints"].folder / f"best_{file}.pt" for file in hooks["checkpoints"].exports]
         print("wrote", *written, hooks["log"].path, hooks["gif"].path, self.last, sep="\n  ")

@@ -18,6 +18,16 @@ def natural(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "an integer of at least 0")
 
 
+def seed_number(text: str) -> int:
+    """argparse type: an integer that torch accepts as a seed."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "an integer of at least 0 and below 2^63")
+
+
+def sample_count(text: str) -> int:
+    """argparse type: an integer of at least 10, the splits of the inception score."""
+    return _number(text, int, lambda value: value >= 10, "an integer of at least 10")
+
+
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
@@ -77,7 +87,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
     flag("--patience", type=positive_int, default=10, help="scorings without a better FID before stopping")
     flag("--eval-every", type=positive_int, default=1, help="epochs between scorings")
-    flag("--eval-samples", type=positive_int, default=None, help="samples in a scoring (default: 10000; digits: 700)")
+    flag("--eval-samples", type=sample_count, default=None, help="samples in a scoring (default: 10000; digits: 700)")
     flag("--save-every", type=natural, default=0, help="epochs between numbered checkpoints; 0: none")
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag(
@@ -101,7 +111,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help="torch.compile the networks; auto is off, which is faster on a CPU",
     )
     flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
-    flag("--seed", type=natural, default=0, help="seed of weights, order, noise and scoring")
+    flag("--seed", type=seed_number, default=0, help="seed of weights, order, noise and scoring")
     flag("--width", type=positive_int, default=64, help="channels of the networks, in their own unit")
     flag(
         "--out-dir",
@@ -110,7 +120,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "with --dry-run, --limit or --dataset digits)",
     )
     flag("--resume", action=switch, default=False, help="continue the last run in --out-dir, with its flags")
-    flag("--dry-run", action=switch, default=False, help="a few steps, one small scoring, every output file, in seconds")
+    flag(
+        "--dry-run",
+        action=switch,
+        default=False,
+        help="two epochs of four steps with small scorings (whatever other flags say), every output file, in seconds",
+    )
     flag("--preset", choices=("default", "reference"), default="default",
          help="reference: the classic table (batch 128, Adam 1e-4, EMA 0.999, patience 10), to compare against")  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flags import ArgumentParser, natural, positive_int
+from flags import ArgumentParser, positive_int, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script
 
 MAX_DRAWS = 200  # batches of `n` samples before `--digit` gives up on an unconditional model
@@ -24,7 +24,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "reads so are kept (default: all digits)",
     )
     flag("--out", default="samples/infer_side_by_side.png", help="the picture to write")
-    flag("--seed", type=natural, default=0, help="seed of the noise and of the choice of real digits")
+    flag("--seed", type=seed_number, default=0, help="seed of the noise and of the choice of real digits")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--dataset", choices=("auto", "mnist", "digits"), default="auto",

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import flags
-from utils import autocast, choose_device, keyed_generator, provenance, resolve_precision, run_script
+from utils import ExpectedError, autocast, choose_device, keyed_generator, provenance, resolve_precision, run_script
 
 HELD_OUT = 5_000  # training digits that select the epoch; the test digits are only reported
 DRY_RUN_DIGITS = 1_280
@@ -28,7 +28,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    flag("--seed", type=flags.natural, default=0, help="seed of weights, order and augmentation")
+    flag("--seed", type=flags.seed_number, default=0, help="seed of weights, order and augmentation")
     flag("--out-dir", default="runs/classifier", help="folder for classifier.pt and classifier_statistics.pt")
     flag("--statistics-only", action=switch, default=False, help="only measure the classifier in --out-dir again")
     flag("--dry-run", action=switch, default=False, help=f"one epoch on {DRY_RUN_DIGITS} digits")
@@ -79,7 +79,10 @@ def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path
     # Network, optimizer, average
     precision = resolve_precision(args.precision, device)
     torch.manual_seed(args.seed)
-    network = build("classifier", width=args.width).to(device, memory_format=torch.channels_last)
+    try:
+        network = build("classifier", width=args.width).to(device, memory_format=torch.channels_last)
+    except ValueError as error:
+        raise ExpectedError(f"{error}; choose another --width") from error
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02, fused=True)
     steps = args.epochs * data.batches_per_epoch(train, args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)

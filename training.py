@@ -193,7 +193,6 @@ class ProgressBar(Callback):
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
         self.fetched = time.perf_counter()
-        self.started = self.fetched, state.images
 
     def after_step(self, state: TrainState) -> None:
         if not self.bar.disable:
@@ -205,7 +204,8 @@ class ProgressBar(Callback):
     def after_epoch(self, state: TrainState) -> None:
         self._show(state, state.row)
         if self.bar.disable:
-            rate = (state.images - self.started[1]) / (time.perf_counter() - self.started[0])
+            state.tick()
+            rate = state.images / state.seconds
             left = datetime.timedelta(seconds=round((self.total_images - state.images) / rate))
             print(f"epoch {state.epoch + 1}/{self.epochs}  {self._figures(state, state.row)}  "
                   f"{rate:.0f} img/s  {left} left", flush=True)  # fmt: skip

@@ -68,6 +68,9 @@ BAD_ARGUMENTS = [
     ("train_gan.py", ["--epo", "3"], "unrecognized"),
     ("train_gan.py", ["--epochs", "2", "--eval-every", "3"], "--eval-every 3"),
     ("train_classifier.py", ["--epochs", "none"], "--epochs"),
+    ("train_gan.py", ["--eval-samples", "9"], "--eval-samples"),
+    ("train_gan.py", ["--seed", "9" * 30], "--seed"),
+    ("evaluate.py", ["--seeds", "0"], "--seeds"),
     ("infer.py", ["--n", "0"], "--n"),
     ("infer.py", ["--digit", "10"], "--digit"),
 ]
@@ -106,7 +109,9 @@ def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
         (["--data-dir", tmp_path / "nowhere"], "train-images-idx3-ubyte.gz"),
         (["--dataset", "digits", "--batch-size", 5000], "--batch-size 5000"),
         (["--dataset", "digits", "--limit", 5000], "--limit 5000"),
-        (["--dataset", "digits", "--device", "cuda:99"], "cuda:99"),
+        (["--dataset", "digits", "--device", "meta"], "meta"),
+        (["--dataset", "digits", "--width", 513], "width must be"),
+        (["--dataset", "digits", "--latent-dim", 5000], "latent_dim must be"),
     ):
         code, _, err = run("train_gan.py", *args, "--out-dir", out)
         assert code == 1 and reason in err.strip().splitlines()[-1]

@@ -237,7 +237,7 @@ def test_a_step_moves_both_networks(loss, name, precision):
     for old, network in zip(before, networks):
         moved = {key for key, value in network.named_parameters() if not torch.equal(old[key], value)}
         still = old.keys() - moved
-        assert not still or (loss == "relativistic" and still <= {"head.bias"}), still
+        assert still <= ({"head.bias"} if loss != "bce" else set()), still  # it cancels out of a difference of logits
 
 
 def reference_losses(kind: str, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
