@@ -127,8 +127,10 @@ class Generator(nn.Module):
         was_training = self.training
         self.eval()
         try:
-            chunks = zip(z.split(chunk_size), labels.split(chunk_size) if labels is not None else _forever(None))
-            return torch.cat([self(z.to(device), y if y is None else y.to(device)) for z, y in chunks])
+            if labels is None:
+                return torch.cat([self(chunk.to(device)) for chunk in z.split(chunk_size)])
+            chunks = zip(z.split(chunk_size), labels.split(chunk_size))
+            return torch.cat([self(chunk.to(device), classes.to(device)) for chunk, classes in chunks])
         finally:
             self.train(was_training)
 
@@ -245,11 +247,6 @@ def _checked_count(n: int) -> int:
     if n < 1:
         raise ValueError(f"at least one image must be asked for, not {n}")
     return n
-
-
-def _forever(value):
-    while True:
-        yield value
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import shutil
 
 import numpy as np
@@ -41,6 +42,21 @@ def test_train_classifier_dry_run(mnist_dir, run, tmp_path):
     assert code == 0, err
     assert "test accuracy" in out and "SHA-256" in out
     assert {path.name for path in tmp_path.iterdir()} == {"classifier.pt", "classifier_statistics.pt"}
+
+
+def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
+    table = tmp_path / "metrics.csv"
+    code, out, err = run("evaluate.py", "--n", 500, "--seeds", 2, "--data-dir", mnist_dir, "--out", table)
+    assert code == 0, err
+    with table.open() as file:
+        real, gan = csv.DictReader(file)
+    assert real["model"] == "real training digits" and gan["model"] == "dcgan"
+    assert float(real["fid"]) < float(gan["fid"]) and float(real["is"]) > float(gan["is"])
+    assert float(gan["fid_ratio"]) == pytest.approx(float(gan["fid"]) / float(real["fid"]), rel=1e-4)
+    assert all(gan[f"{name}_std"] for name in ("fid", "kid", "recall", "coverage", "nearest_share_close"))
+    assert "against the 10000 test digits" in out
+    code, _, err = run("evaluate.py", "--models", tmp_path / "none.pt", "--out", table)
+    assert code == 1 and "does not exist" in error_line(err)
 
 
 def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):
