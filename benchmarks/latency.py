@@ -1,0 +1,74 @@
+"""How long does one wait? Reading MNIST, `--help`, and scoring a generator, as the median of a few repeats.
+
+python benchmarks/latency.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import data
+import flags
+import metrics
+from checkpoint import load_generator
+from evaluation import Extractor, Scorer, load_reference
+from utils import choose_device, keyed_generator
+
+
+def main() -> None:
+    parser = flags.ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--model", default=str(ROOT / "checkpoints" / "best_GAN_G.pt"), help="the generator to score")
+    flag("--n", type=flags.sample_count, default=10_000, help="samples in a scoring")
+    flag("--repeats", type=flags.positive_int, default=3, help="timed repeats")
+    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    data_dir = args.data_dir or data.default_data_dir()
+    generator, extractor = load_generator(args.model, device), Extractor(device)
+    scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
+    images = data.to_uint8(generator.sample(args.n, rng=keyed_generator("cpu", 0)))
+    features, _ = extractor(images)
+    real = extractor(data.load_digits("mnist", "test", data_dir, device).images)[0]
+    help_command = [sys.executable, str(ROOT / "train_gan.py"), "--help"]
+
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, n = {args.n}, {args.repeats} repeats")
+    report = {
+        "read MNIST's 60,000 training digits": lambda: data.load_digits("mnist", "train", data_dir),
+        "train_gan.py --help": lambda: subprocess.run(help_command, check=True, capture_output=True),
+        "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
+        "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
+        "  of that: features": lambda: extractor(images),
+        "precision, recall, density, coverage": lambda: metrics.fidelity(real, features),
+        "KID": lambda: metrics.kernel_distance(real, features, keyed_generator("cpu", 0)),
+    }
+    for name, work in report.items():
+        print(f"{name:45s} {median_seconds(work, args.repeats, device):7.2f} s")
+
+
+def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median wall-clock seconds of `work`, after one run to warm up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()
