@@ -39,7 +39,7 @@ LOSSES = {
         lambda real, fake: -fake.mean(),
         norm="spectral", penalty=0.0, paired=False,
     ),
-    # Relativistic pairing with zero-centred gradient penalties on both sides: R3GAN, Huang et al. 2024, eqs. 2 to 4.
+    # Relativistic pairing with zero-centred gradient penalties on both sides: R3GAN, Huang et al. 2024, section 2.
     "relativistic": GANLoss(
         lambda real, fake: F.softplus(fake - real).mean(),
         lambda real, fake: F.softplus(real - fake).mean(),
@@ -99,7 +99,7 @@ class GANStep:
         self.discriminator_optimizer.zero_grad()
         total.backward()
         self.discriminator_optimizer.step()
-        return loss.detach()
+        return total.detach()
 
     def _update_generator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(False)  # its weight gradients would be thrown away: a third of its backward
@@ -122,6 +122,8 @@ def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str
     """Train the GAN called `name` in the registry: the whole of train_gan.py and train_cgan.py but their flags."""
     run = Experiment(args, prefix, title)
     loss = LOSSES[args.loss]
+    if loss.penalty and args.compile == "on":
+        raise ExpectedError(f"--compile on has no double backward, which --loss {args.loss} needs; use --compile off")
 
     try:
         generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)

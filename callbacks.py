@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import plots
-from checkpoint import save_model, write_tensors
+from checkpoint import keep_previous, save_model, write_tensors
 from data import to_uint8
 from training import Callback, StopSignals, TrainState
-from utils import Interrupted, atomic_path, keyed_generator
+from utils import ExpectedError, Interrupted, atomic_path, keyed_generator
 
 
 class EMA(Callback):
@@ -108,7 +108,8 @@ class ReduceLROnPlateau(Callback):
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], patience: int):
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-        self.schedulers = [plateau(optimizer, factor=0.5, patience=patience, threshold=0.0) for optimizer in optimizers]
+        self.patience = patience - 1  # torch counts the scorings that it still bears
+        self.schedulers = [plateau(o, factor=0.5, patience=self.patience, threshold=0.0) for o in optimizers]
 
     def after_epoch(self, state: TrainState) -> None:
         if "fid" in state.row:
@@ -121,6 +122,7 @@ class ReduceLROnPlateau(Callback):
     def load_state_dict(self, saved: dict) -> None:
         for scheduler, part in zip(self.schedulers, saved["schedulers"]):
             scheduler.load_state_dict(part)
+            scheduler.patience = self.patience  # a resumed run may change it
 
 
 class CosineLR(Callback):
@@ -168,12 +170,7 @@ class CheckpointWriter(Callback):
             return
         self.kept_previous = True
         for file in self.exports:
-            best = self.folder / f"best_{file}.pt"
-            if best.exists():
-                previous = best.with_name(f"best_{file}.previous.pt")
-                with atomic_path(previous) as temporary:
-                    temporary.write_bytes(best.read_bytes())
-                print(f"{best} is replaced by this run; the old one is kept as {previous}", flush=True)
+            keep_previous(self.folder / f"best_{file}.pt")
 
     def state_dict(self) -> dict:
         return {"kept_previous": self.kept_previous}
@@ -185,8 +182,8 @@ class CheckpointWriter(Callback):
 class ProgressGIF(Callback):
     """One frame an epoch: the same noise through the network as it learns, the first frame before any training."""
 
-    def __init__(self, path: Path, model: nn.Module, n: int, seed: int, columns: int | None = None):
-        self.path, self.model, self.n, self.seed, self.columns = path, model, n, seed, columns
+    def __init__(self, path: Path, model: nn.Module, n: int, seed: int):
+        self.path, self.model, self.n, self.seed = path, model, n, seed
         self.frames: list[Tensor] = []
 
     def on_start(self, state: TrainState) -> None:
@@ -200,7 +197,7 @@ class ProgressGIF(Callback):
 
     def _draw(self, caption: str) -> None:
         images = to_uint8(self.model.sample(self.n, rng=keyed_generator("cpu", self.seed, "progress")))
-        self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images, self.columns), caption)))
+        self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images), caption)))
 
     def state_dict(self) -> dict:
         return {"frames": torch.stack(self.frames)}
@@ -210,7 +207,10 @@ class ProgressGIF(Callback):
 
 
 class CSVLogger(Callback):
-    """Rewrites the whole log after every epoch, so that each epoch stands in it once, resumed or not."""
+    """Rewrites the whole log after every epoch, so that each epoch stands in it once, resumed or not.
+
+    `optimizers` are named as the columns of their learning rates: those that the next step will take.
+    """
 
     def __init__(self, path: Path, optimizers: dict[str, torch.optim.Optimizer]):
         self.path, self.optimizers = path, optimizers
@@ -261,9 +261,20 @@ class StateSaver(Callback):
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Write the file; a state whose losses are not finite is refused with `ExpectedError`."""
+        """Write the file; a state with a loss or weight that is not finite is refused with `ExpectedError`."""
         state.mean_losses()
         position = {name: value for name, value in vars(state).items() if not name.startswith("_")}
         parts = {name: part.state_dict() for name, part in self.parts.items()}
+        _check_finite(parts, state.step)
         write_tensors(self.path, {**self.header, "state": position, "parts": parts})
         self.saved_at = time.monotonic()
+
+
+def _check_finite(parts: dict[str, dict], step: int) -> None:
+    for name, part in parts.items():
+        for key, value in part.items():
+            if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise ExpectedError(
+                    f"{name} {key} is not finite at step {step}; the files on disk hold the last good state: "
+                    "lower --lr, then start again"
+                )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 import zipfile
 from pathlib import Path
 
@@ -23,7 +22,6 @@ from utils import ExpectedError, atomic_path
 FORMAT = 1
 MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
 MAX_TRAINING_BYTES = 8 * 2**30
-_UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 def save_model(path: str | os.PathLike, name: str, model: nn.Module, meta: dict, half: bool = True) -> None:
@@ -60,7 +58,7 @@ def load_generator(path: str | os.PathLike, device: torch.device | str = "cpu") 
 def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> nn.Module:
     """Any model of the registry, in eval mode on `device`, in float32; errors as for `load_generator`."""
     content = read_tensors(path, MAX_MODEL_BYTES)
-    if content.get("format") != FORMAT or not {"model", "config", "weights", "meta"} <= content.keys():
+    if not has_format(content, {"model", "config", "weights", "meta"}):
         raise ExpectedError(f"{path} is not a model checkpoint of format {FORMAT}; it may be another program's")
     name, config, weights = content["model"], content["config"], content["weights"]
     try:
@@ -97,12 +95,26 @@ def read_tensors(path: str | os.PathLike, max_bytes: int = MAX_TRAINING_BYTES) -
     try:
         _check_container(path, max_bytes)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, ValueError, KeyError, AttributeError, RuntimeError, *_UNREADABLE) as error:
+    except Exception as error:  # a damaged or hostile file can make the reader raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExpectedError(f"{path} is damaged or no checkpoint ({reason}); train or download it again") from error
     if not isinstance(content, dict):
         raise ExpectedError(f"{path} is no checkpoint of this project: it holds a {type(content).__name__}")
     return content
+
+
+def has_format(content: dict, entries: set[str]) -> bool:
+    """Whether a file's content is of this version's format and has these entries."""
+    return type(content.get("format")) is int and content["format"] == FORMAT and entries <= content.keys()
+
+
+def keep_previous(path: Path) -> None:
+    """Before a new run replaces `path`: keep what is there as `….previous.pt`, and say so."""
+    if path.exists():
+        previous = path.with_suffix(f".previous{path.suffix}")
+        with atomic_path(previous) as temporary:
+            temporary.write_bytes(path.read_bytes())
+        print(f"{path} is replaced by this run; the old one is kept as {previous}", flush=True)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

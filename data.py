@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import hashlib
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ MNIST_FILES = {
         ("t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
     ),
 }
+MIRROR_TIMEOUT = 30.0  # seconds without an answer before the next mirror is tried
 IMAGE_HEADER_BYTES, LABEL_HEADER_BYTES = 16, 8  # IDX: magic and one big-endian uint32 per dimension
 
 
@@ -158,6 +160,8 @@ def _download_mnist(data_dir: Path) -> None:
     """Let torchvision fetch the four files (two mirrors, progress shown) into `data_dir/MNIST/raw`."""
     from torchvision.datasets import MNIST  # a slow import, needed only here
 
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(MIRROR_TIMEOUT)  # torchvision sets none: a silent mirror would hang for ever
     try:
         MNIST(str(data_dir), download=True)
     except (OSError, RuntimeError) as error:
@@ -166,6 +170,8 @@ def _download_mnist(data_dir: Path) -> None:
             f"MNIST is not in {data_dir} and could not be downloaded ({error}); put {names} into "
             f"{data_dir / 'MNIST' / 'raw'}, or use --dataset digits, which needs no download"
         ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def _read_embedded_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,8 +18,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=seed_number, default=0, help="the first of the seeds")
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    flag("--out", default="reports/metrics.csv", help="the table to write")
-    return parser.parse_args(argv)
+    flag("--out", default=None, help="the table to write (default: reports/metrics.csv; runs/metrics.csv with a smaller "
+         "--n or fewer --seeds than the default)")  # fmt: skip
+    args = parser.parse_args(argv)
+    trial = args.n < parser.get_default("n") or args.seeds < parser.get_default("seeds")
+    args.out = args.out or ("runs/metrics.csv" if trial else "reports/metrics.csv")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     subsets = [train.subset(args.n, "floor", i).images for i in range(FLOOR_SUBSETS)]
     floor = summarise([reference.score(images, i, memorised=False) for i, images in enumerate(subsets)])
-    rows.append({"model": "real training digits", "n": args.n, "repeats": FLOOR_SUBSETS, **floor})
+    protocol = {"n": args.n, "extractor": "mnist", "reference": "mnist test"}
+    rows.append({"model": "real training digits", **protocol, "repeats": FLOOR_SUBSETS, **floor})
     show(rows[-1])
 
     # The models, with several seeds
@@ -56,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             scores.append(reference.score(data.to_uint8(samples), seed))
         summary = summarise(scores)
         ratio = metrics.Estimate(summary["fid"] / floor["fid"], summary["fid_std"] / floor["fid"])
-        row = {"model": generator.model_name, "n": args.n, "repeats": args.seeds, "fid_ratio": ratio.mean}
+        row = {"model": generator.model_name, **protocol, "repeats": args.seeds, "fid_ratio": ratio.mean}
         rows.append({**row, "fid_ratio_std": ratio.std, **summary, "checkpoint": path})
         show(rows[-1])
 

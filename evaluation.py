@@ -82,7 +82,9 @@ def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / 
     """
     content = read_tensors(path)
     if content.get("classifier_sha256") != extractor.sha256:
-        raise ExpectedError(f"{path} belongs to another classifier; run train_classifier.py --statistics-only")
+        raise ExpectedError(
+            f"{path} belongs to another classifier; run train_classifier.py --statistics-only --out-dir checkpoints"
+        )
     part = content[split]
     statistics = Gaussian(part["mean"].to(extractor.device), part["covariance"].to(extractor.device), part["n"])
     return Reference(statistics, {n: Estimate(*floor) for n, floor in part["floors"].items()})
@@ -139,7 +141,10 @@ class Scorer:
 
     def __call__(self, generator: nn.Module) -> dict[str, float]:
         """FID, its ratio to the floor, and inception score of `generator`'s samples."""
-        images = to_uint8(generator.sample(self.n, rng=keyed_generator("cpu", self.seed, "scoring")))
+        samples = generator.sample(self.n, rng=keyed_generator("cpu", self.seed, "scoring"))
+        if not torch.isfinite(samples).all():
+            raise ExpectedError("the generator's samples are not finite; lower --lr, then start again")
+        images = to_uint8(samples)
         features, probabilities = self.extractor(images)
         fid = metrics.frechet_distance(metrics.gaussian(features), self.reference.statistics)
         score = metrics.inception_score(probabilities, keyed_generator("cpu", self.seed, "splits"))
@@ -149,6 +154,8 @@ class Scorer:
 def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int) -> Scorer:
     """The scorer of a training on `digits`: against the shipped training-set statistics of MNIST (also with --limit),
     or against the training part of the embedded digits."""
+    if len(digits) < 2:
+        raise ExpectedError("one training digit has no statistics to compare with; give a larger --limit")
     shipped = digits.name == "mnist"
     reference = load_reference("train", extractor) if shipped else measure_reference(digits, extractor, (n,))
     return Scorer(extractor, reference, n, seed)
@@ -179,6 +186,7 @@ class TestSet:
             "fid": metrics.frechet_distance(metrics.gaussian(features), self.statistics),
             "kid": metrics.kernel_distance(self.features, features, keyed_generator("cpu", seed, "kid")).mean,
             "is": inception.mean,
+            "is_splits": inception.std,
             **metrics.fidelity(self.features, features)._asdict(),
         }
         if memorised:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +14,14 @@ from torch import nn
 
 import callbacks
 import data
-from checkpoint import FORMAT, read_tensors
+from checkpoint import FORMAT, has_format, read_tensors
 from evaluation import Extractor, training_scorer
 from training import Callback, ProgressBar, StopSignals, TrainState, fit
 from utils import ExpectedError, Interrupted, choose_device, make_deterministic, provenance, resolve_precision
 
 # What a resumed run may change; everything else is taken from the run that is continued.
 CHANGEABLE = {"epochs", "patience", "save_every", "device"}
+UNRECORDED = {"data_dir", "out_dir", "given", "resume"}  # of this machine or this call, not of the run
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
 DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 500, "save_every": 1}
 DRY_RUN_BATCHES = 4
@@ -41,7 +44,7 @@ class Experiment:
         self.saved = _read_last(self.last, prefix) if args.resume else None
         if self.saved:
             _adopt_flags(args, self.saved["flags"])
-            vars(self.state).update(self.saved["state"])
+            self._adopt_state(self.saved["state"])
             self._check_unfinished(args)
         elif args.dry_run:
             vars(args).update(DRY_RUN)
@@ -54,6 +57,11 @@ class Experiment:
         torch.manual_seed(args.seed)  # of the initial weights: all later randomness is keyed
         self.digits = self._load_digits()
         self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
+
+    def _adopt_state(self, saved: dict) -> None:
+        if set(saved) != {field.name for field in dataclasses.fields(TrainState)}:
+            raise ExpectedError(f"{self.last} does not fit this version of the code; start a new run")
+        vars(self.state).update(saved)
 
     def _check_unfinished(self, args: argparse.Namespace) -> None:
         if self.state.stop_reason and "patience" not in args.given:
@@ -91,7 +99,7 @@ class Experiment:
         ema = callbacks.EMA(model, args.ema_decay) if args.ema else None
         sampled = ema.model if ema else model
         scorer = training_scorer(self.digits, Extractor(self.device), args.eval_samples, args.seed)
-        flags = {name: value for name, value in vars(args).items() if name not in ("data_dir", "out_dir", "given", "resume")}
+        flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
         files = {
             f"{self.prefix}_{suffix}".rstrip("_"): (name, sampled if network is model else network)
             for suffix, (name, network) in exports.items()
@@ -121,7 +129,9 @@ class Experiment:
                 fit(train_step, self.batches, args.epochs, [*hooks.values(), saver], self.state)
             except Interrupted as stop:
                 saver.save(self.state)
-                raise Interrupted(stop.signum, f"To continue: {self._resume_line()}") from None
+                over = self.state.stop_reason or self.state.epoch >= args.epochs
+                hint = "The run was over." if over else f"To continue: {self._resume_line()}"
+                raise Interrupted(stop.signum, hint) from None
         self._report(hooks)
 
     def batches(self, epoch: int, start: int):
@@ -148,7 +158,8 @@ class Experiment:
             raise ExpectedError(f"{self.last} does not fit this version of the code ({error}); start a new run") from error
 
     def _resume_line(self) -> str:
-        return f"python {Path(sys.argv[0]).name} --resume --out-dir {self.out_dir}"
+        line = ["python", sys.argv[0], "--resume", "--out-dir", str(self.out_dir)]
+        return shlex.join(line + (["--data-dir", self.args.data_dir] if self.args.data_dir else []))
 
     def _report(self, hooks: dict) -> None:
         state = self.state
@@ -178,13 +189,15 @@ def _read_last(path: Path, prefix: str) -> dict:
     if not path.exists():
         raise ExpectedError(f"there is no run to resume: {path} does not exist; leave out --resume, or give its --out-dir")
     saved = read_tensors(path)
-    if saved.get("format") != FORMAT or saved.get("training") != prefix or not {"flags", "state", "parts"} <= saved.keys():
+    if not has_format(saved, {"training", "flags", "state", "parts"}) or saved["training"] != prefix:
         raise ExpectedError(f"{path} is not the state of a {prefix} training of format {FORMAT}; start a new run")
     return saved
 
 
 def _adopt_flags(args: argparse.Namespace, flags: dict) -> None:
     """Take the resumed run's flags; refuse a typed flag that contradicts them."""
+    if set(flags) != set(vars(args)) - UNRECORDED:
+        raise ExpectedError("the run to resume has other flags than this version of the code; start a new run")
     for name, value in flags.items():
         typed = getattr(args, name)
         if name in args.given and name in CHANGEABLE:

@@ -24,8 +24,13 @@ def seed_number(text: str) -> int:
 
 
 def sample_count(text: str) -> int:
-    """argparse type: an integer of at least 10, the splits of the inception score."""
-    return _number(text, int, lambda value: value >= 10, "an integer of at least 10")
+    """argparse type: an number of samples to score: at least one for each split of the inception score."""
+    return _number(text, int, lambda value: 10 <= value <= 10**6, "an integer in 10..1000000")
+
+
+def panel_count(text: str) -> int:
+    """argparse type: how many images a picture shows, so many that they can still be told apart."""
+    return _number(text, int, lambda value: 1 <= value <= 1024, "an integer in 1..1024")
 
 
 def positive_float(text: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from flags import ArgumentParser, positive_int, seed_number
+from flags import ArgumentParser, panel_count, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script
 
 MAX_DRAWS = 200  # batches of `n` samples before `--digit` gives up on an unconditional model
@@ -14,7 +14,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--gan-model", default="checkpoints/best_GAN_G.pt", help="checkpoint of the GAN's generator")
-    flag("--n", type=positive_int, default=64, help="digits in a panel")
+    flag("--n", type=panel_count, default=64, help="digits in a panel")
     flag(
         "--digit",
         type=int,
@@ -66,10 +66,11 @@ def real_digits(args: argparse.Namespace):
     digits = data.load_digits(name, "test", data_dir)
     if args.digit is not None:
         digits = digits.select((digits.labels == args.digit).nonzero()[:, 0])
-    if args.n > len(digits):
-        raise ExpectedError(f"--n {args.n} is more than the {len(digits)} real digits of {name} to choose from")
+    count = min(args.n, len(digits))
+    if count < args.n:
+        print(f"only {count} of the real digits fit the choice: all are shown")
     title = "real digits (MNIST test set)" if name == "mnist" else "real digits (scikit-learn, 8x8 enlarged)"
-    return title, digits.subset(args.n, "infer", args.seed).images
+    return title, digits.subset(count, "infer", args.seed).images
 
 
 def draw(generator, n: int, digit: int | None, seed: int, device):

@@ -6,6 +6,7 @@ in float64. Which extractor, reference and sample size a number belongs to is th
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -69,12 +70,18 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)). The trace of the root is taken over the eigenvalues of the
     symmetric R S_b R with R = S_a^(1/2), which has the spectrum of S_a S_b: no matrix root of a non-symmetric
     product, and exact also where the covariances are singular (few samples, collapsed models).
+
+    Raises:
+        ValueError: a mean or covariance is not finite.
     """
     values, vectors = torch.linalg.eigh(a.covariance)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
     trace = a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(0.0, float((a.mean - b.mean).square().sum() + trace))
+    distance = float((a.mean - b.mean).square().sum() + trace)
+    if not math.isfinite(distance):  # max(0, nan) would be a perfect 0
+        raise ValueError("the Fréchet distance of Gaussians that are not finite is not defined")
+    return max(0.0, distance)
 
 
 def inception_score(probabilities: Tensor, rng: torch.Generator, splits: int = 10) -> Estimate:

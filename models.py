@@ -138,7 +138,7 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """DCGAN discriminator: image [B, 1, 28, 28] -> logit [B] (large: real).
 
-    With classes, a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner product of the
+    With classes, a projection discriminator (Miyato & Koyama 2018, section 3): the logit gains the inner product of the
     class embedding with the sum-pooled features.
     """
 
@@ -174,7 +174,7 @@ class Discriminator(nn.Module):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """He et al. 2015, eq. 10, for the leaky ReLUs."""
+    """Normal weights of He et al. 2015, eq. 15, with the slope of the leaky ReLUs; the biases are zero."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, a=0.2)
         nn.init.zeros_(module.bias)

@@ -14,12 +14,12 @@ from utils import atomic_path
 PAD = 2  # pixels between the images of a grid
 
 
-def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
-    """uint8 [N, 1, H, W] -> one uint8 picture, row by row, white digits on black; nearly square without `columns`."""
+def image_grid(images: Tensor) -> np.ndarray:
+    """uint8 [N, 1, H, W] -> one nearly square uint8 picture, row by row, white digits on black."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
         raise ValueError(f"a grid is made of uint8 [N, 1, H, W], not {images.dtype} {list(images.shape)}")
     count, _, height, width = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
+    columns = math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     padded = torch.nn.functional.pad(images[:, 0].cpu(), (0, PAD, 0, PAD))  # [N, H + PAD, W + PAD]
     blank = torch.zeros(rows * columns - count, height + PAD, width + PAD, dtype=torch.uint8)
@@ -37,14 +37,6 @@ def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
     return np.concatenate([np.asarray(strip), picture])
 
 
-def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:
-    """Write uint8 [H, W] or [H, W, 3] as PNG."""
-    import imageio.v3 as imageio
-
-    with atomic_path(path) as temporary:
-        imageio.imwrite(temporary, picture, extension=".png")
-
-
 def write_gif(path: str | os.PathLike, frames: Tensor, seconds: float = 8.0) -> None:
     """Write uint8 frames [F, H, W] as an endless GIF of about `seconds`, resting on its last frame."""
     import imageio.v3 as imageio
@@ -55,13 +47,13 @@ def write_gif(path: str | os.PathLike, frames: Tensor, seconds: float = 8.0) -> 
         imageio.imwrite(temporary, frames.numpy(), extension=".gif", duration=durations, loop=0)
 
 
-def write_side_by_side(path: str | os.PathLike, panels: dict[str, Tensor], columns: int | None = None) -> None:
+def write_side_by_side(path: str | os.PathLike, panels: dict[str, Tensor]) -> None:
     """Draw grids of uint8 [N, 1, H, W] next to each other, each under its title."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        axes.imshow(image_grid(images, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.imshow(image_grid(images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=11)
         axes.set_axis_off()
     with atomic_path(path) as temporary:

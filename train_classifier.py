@@ -29,7 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     flag("--seed", type=flags.seed_number, default=0, help="seed of weights, order and augmentation")
-    flag("--out-dir", default="runs/classifier", help="folder for classifier.pt and classifier_statistics.pt")
+    flag("--out-dir", default=None, help="folder for classifier.pt and classifier_statistics.pt (default: "
+         "runs/classifier; runs/dry-run with --dry-run)")  # fmt: skip
     flag("--statistics-only", action=switch, default=False, help="only measure the classifier in --out-dir again")
     flag("--dry-run", action=switch, default=False, help=f"one epoch on {DRY_RUN_DIGITS} digits")
     return parser.parse_args(argv)
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(args.device)
     data_dir = args.data_dir or data.default_data_dir()
-    path = Path(args.out_dir) / "classifier.pt"
+    path = Path(args.out_dir or ("runs/dry-run" if args.dry_run else "runs/classifier")) / "classifier.pt"
     if not args.statistics_only:
         train_classifier(args, device, data_dir, path)
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     score = inception_score(extractor(test.images)[1], keyed_generator("cpu", args.seed, "splits"))
     print(f"test accuracy {100 * (1 - errors / len(test)):.2f} %, cross-entropy {loss:.4f}, "
           f"inception score of the test digits {score.mean:.3f} +- {score.std:.3f}")  # fmt: skip
-    print(f"wrote {path} ({path.stat().st_size / 1e6:.2f} MB)\n  SHA-256 {extractor.sha256}")
+    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)\n  SHA-256 {extractor.sha256}")
     write_statistics(extractor, data_dir, path.with_name(STATISTICS_NAME))
     print(f"wrote {path.with_name(STATISTICS_NAME)}")
 
@@ -84,7 +85,7 @@ def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path
     except ValueError as error:
         raise ExpectedError(f"{error}; choose another --width") from error
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02, fused=True)
-    steps = args.epochs * data.batches_per_epoch(train, args.batch_size)
+    steps = max(10, args.epochs * data.batches_per_epoch(train, args.batch_size))  # OneCycleLR divides by fewer
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)
     average, state = EMA(network, decay=0.999), TrainState()
 
@@ -128,7 +129,7 @@ def augment(images, rng):
 
 def best_epoch_writer(network, held_out, path: Path, meta: dict):
     """A callback that writes `network` whenever it makes fewer errors on the held-out digits (then: a lower loss)."""
-    from checkpoint import save_model
+    from checkpoint import keep_previous, save_model
     from training import Callback
 
     class BestEpochWriter(Callback):
@@ -140,6 +141,8 @@ def best_epoch_writer(network, held_out, path: Path, meta: dict):
             print(f"epoch {state.epoch + 1}  loss {state.row['loss']:.4f}  held-out errors {errors}/{len(held_out)}  "
                   f"held-out loss {loss:.4f}  {time.perf_counter() - self.start:.0f} s", file=sys.stderr)  # fmt: skip
             if (errors, loss) < self.best:
+                if state.epoch == 0:
+                    keep_previous(path)
                 self.best = (errors, loss)
                 figures = {"held_out_errors": errors, "held_out_loss": loss}
                 save_model(path, "classifier", network, {"epoch": state.epoch + 1, "metrics": figures, **meta})

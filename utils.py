@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import torch
 
 
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in torch's messages
+
+
 class ExpectedError(Exception):
     """A failure that the user can mend: shown as one line `error: what, and what to do`, exit code 1, no traceback."""
 
@@ -41,6 +44,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(_error_line(error))
     except OSError as error:  # a full disk, a missing permission: the message names the file
         sys.exit(_error_line(error))
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
+            raise
+        sys.exit(_error_line(ExpectedError("out of memory; lower --batch-size, --width or the number of samples")))
     except Interrupted as stop:
         print(f"stopped by signal {stop.signum}. {stop.hint}".strip(), file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -73,6 +80,8 @@ def choose_device(name: str = "auto") -> torch.device:
         raise ExpectedError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
     if device.type == "cpu":
         _keep_freed_memory()
+    else:
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: figures are compared across devices
     return device
 
 
@@ -92,7 +101,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
         return name
     import torch
 
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -22,7 +22,7 @@ import flags
 import metrics
 from checkpoint import load_generator
 from evaluation import Extractor, Scorer, load_reference
-from utils import choose_device, keyed_generator
+from utils import choose_device, keyed_generator, run_script
 
 
 def main() -> None:
@@ -71,4 +71,4 @@ def median_seconds(work: Callable[[], object], repeats: int, device: torch.devic
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

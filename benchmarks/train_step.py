@@ -26,7 +26,7 @@ from adversarial import LOSSES, GANStep
 from callbacks import EMA
 from models import build
 from training import TrainState
-from utils import choose_device
+from utils import choose_device, run_script
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
 
     device = choose_device(args.device)
     args.data_dir = args.data_dir or data.default_data_dir()
+    data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
     loops = {
         "plain loop, fp32": plain_loop(args, device),
         "ours, fp32, EMA": our_loop(args, device, "fp32"),
@@ -124,4 +125,4 @@ def our_loop(args, device, precision: str):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -144,6 +144,7 @@ def changed(path, **changes):
     ("changes", "reason"),
     [
         ({"format": 2}, "format 1"),
+        ({"format": torch.ones(2)}, "format 1"),
         ({"model": "vae"}, "unknown model"),
         ({"model": "dcgan_discriminator"}, "no option latent_dim"),
         ({"model": 5}, "wrong types"),

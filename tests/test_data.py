@@ -116,6 +116,7 @@ def test_the_download_goes_on_to_the_second_mirror(mnist_dir, tmp_path, monkeypa
     """The first mirror has nothing, the second serves the four files."""
     from torchvision.datasets import MNIST, utils
 
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     mirror = copy_mnist(mnist_dir, tmp_path / "mirror", gzipped=True)
     names = [f"{name}.gz" for files in data.MNIST_FILES.values() for name, _ in files]
     monkeypatch.setattr(MNIST, "resources", [(name, utils.calculate_md5(mirror / name)) for name in names])

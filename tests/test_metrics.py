@@ -75,6 +75,12 @@ def test_frechet_distance_with_singular_covariances():
     assert metrics.frechet_distance(few, statistics) == pytest.approx(metrics.frechet_distance(statistics, few), rel=1e-6)
 
 
+def test_a_distance_that_is_not_finite_is_no_perfect_one():
+    a, b = metrics.gaussian(torch.randn(9, 3)), metrics.gaussian(torch.randn(9, 3))
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.frechet_distance(a._replace(mean=a.mean * math.nan), b)
+
+
 @pytest.mark.parametrize("features", [torch.ones(1, 4), torch.ones(4), torch.full((5, 4), math.nan)])
 def test_bad_features_are_refused(features):
     with pytest.raises(ValueError, match="features"):

@@ -11,7 +11,7 @@ from conftest import ROOT
 import data
 import evaluation
 import metrics
-from checkpoint import file_sha256, load_generator, load_model
+from checkpoint import file_sha256, load_generator, load_model, save_model
 from utils import keyed_generator
 
 CHECKPOINTS = ROOT / "checkpoints"
@@ -72,6 +72,16 @@ def test_a_statistics_file_of_another_classifier_is_refused(extractor, tmp_path)
     evaluation.write_tensors(tmp_path / "other.pt", {**content, "classifier_sha256": "0" * 64})
     with pytest.raises(evaluation.ExpectedError, match="another classifier"):
         evaluation.load_reference("train", extractor, tmp_path / "other.pt")
+
+
+def test_another_classifier_is_no_ruler(extractor, tmp_path):
+    network = load_model(CHECKPOINTS / "classifier.pt")
+    with torch.no_grad():
+        network.head.bias[0] += 0.1
+    save_model(tmp_path / "classifier.pt", "classifier", network, {})
+    with pytest.raises(evaluation.ExpectedError, match="not the pinned classifier"):
+        evaluation.Extractor(path=tmp_path / "classifier.pt")
+    assert evaluation.Extractor(path=tmp_path / "classifier.pt", sha256="").sha256 != extractor.sha256
 
 
 def test_the_score_moves_with_the_damage(extractor, test_digits):
