@@ -14,7 +14,7 @@ help:
 demo: install
 	$(BIN)/python infer.py --out runs/demo/side_by_side.png
 	$(BIN)/python infer.py --digit 9 --n 9 --out runs/demo/nines.png
-	$(BIN)/python train_gan.py --dataset digits --epochs 20 --no-early-stop --out-dir runs/demo
+	$(BIN)/python train_gan.py --dataset digits --width 16 --batch-size 64 --epochs 30 --no-early-stop --out-dir runs/demo
 
 install: $(VENV)/installed
 test: $(VENV)/installed-dev

@@ -192,6 +192,7 @@ class ProgressBar(Callback):
             total=self.total_images, initial=state.images, unit="img", unit_scale=True, smoothing=0, dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )  # fmt: skip
+        self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
         self.fetched = time.perf_counter()
 
     def after_step(self, state: TrainState) -> None:
