@@ -7,10 +7,7 @@ the monitor filled), then the writers.
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +19,7 @@ import plots
 from checkpoint import keep_previous, save_model, write_tensors
 from data import to_uint8
 from training import Callback, StopSignals, TrainState
-from utils import ExpectedError, Interrupted, atomic_path, keyed_generator
+from utils import ExpectedError, Interrupted, keyed_generator, write_csv
 
 
 class EMA(Callback):
@@ -151,11 +148,14 @@ class CheckpointWriter(Callback):
 
     def __init__(self, folder: Path, exports: dict[str, tuple[str, nn.Module]], save_every: int, meta: dict):
         self.folder, self.exports, self.save_every, self.meta = folder, exports, save_every, meta
-        self.kept_previous = False
+
+    def on_start(self, state: TrainState) -> None:
+        if state.step == 0:
+            for file in self.exports:
+                keep_previous(self.folder / f"best_{file}.pt")
 
     def after_epoch(self, state: TrainState) -> None:
         if state.best_epoch == state.epoch + 1:
-            self._keep_previous()
             self._write("best_{file}.pt", state)
         if self.save_every and (state.epoch + 1) % self.save_every == 0:
             self._write("{file}_epoch_{epoch:03d}.pt", state)
@@ -164,19 +164,6 @@ class CheckpointWriter(Callback):
         meta = {"epoch": state.epoch + 1, "metrics": dict(state.row), **self.meta}
         for file, (name, network) in self.exports.items():
             save_model(self.folder / pattern.format(file=file, epoch=state.epoch + 1), name, network, meta)
-
-    def _keep_previous(self) -> None:
-        if self.kept_previous:
-            return
-        self.kept_previous = True
-        for file in self.exports:
-            keep_previous(self.folder / f"best_{file}.pt")
-
-    def state_dict(self) -> dict:
-        return {"kept_previous": self.kept_previous}
-
-    def load_state_dict(self, saved: dict) -> None:
-        self.kept_previous = saved["kept_previous"]
 
 
 class ProgressGIF(Callback):
@@ -222,24 +209,6 @@ class CSVLogger(Callback):
     def at_rest(self, state: TrainState) -> None:
         if state.batch == 0 and state.log:
             write_csv(self.path, state.log)
-
-
-def write_csv(path: str | os.PathLike, rows: list[dict]) -> None:
-    """Write rows under the union of their columns, floats with six digits; a missing or nan figure is left empty."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    with atomic_path(path) as temporary:
-        temporary.write_text(buffer.getvalue())
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
 
 
 class StateSaver(Callback):

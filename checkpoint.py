@@ -114,7 +114,7 @@ def keep_previous(path: Path) -> None:
         previous = path.with_suffix(f".previous{path.suffix}")
         with atomic_path(previous) as temporary:
             temporary.write_bytes(path.read_bytes())
-        print(f"{path} is replaced by this run; the old one is kept as {previous}", flush=True)
+        print(f"this run will replace {path}; what is there is kept as {previous}", flush=True)
 
 
 def file_sha256(path: str | os.PathLike) -> str:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from flags import ArgumentParser, positive_int, sample_count, seed_number
-from utils import ExpectedError, choose_device, keyed_generator, run_script
+from utils import ExpectedError, choose_device, keyed_generator, run_script, write_csv
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +31,6 @@ def main(argv: list[str] | None = None) -> None:
 
     import data
     import metrics
-    from callbacks import write_csv
     from checkpoint import load_generator
     from evaluation import FLOOR_SUBSETS, Extractor, TestSet
 

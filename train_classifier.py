@@ -136,13 +136,14 @@ def best_epoch_writer(network, held_out, path: Path, meta: dict):
         best = (len(held_out) + 1, float("inf"))
         start = time.perf_counter()
 
+        def on_start(self, state):
+            keep_previous(path)
+
         def after_epoch(self, state):
             errors, loss = errors_and_loss(network, held_out)
             print(f"epoch {state.epoch + 1}  loss {state.row['loss']:.4f}  held-out errors {errors}/{len(held_out)}  "
                   f"held-out loss {loss:.4f}  {time.perf_counter() - self.start:.0f} s", file=sys.stderr)  # fmt: skip
             if (errors, loss) < self.best:
-                if state.epoch == 0:
-                    keep_previous(path)
                 self.best = (errors, loss)
                 figures = {"held_out_errors": errors, "held_out_loss": loss}
                 save_model(path, "classifier", network, {"epoch": state.epoch + 1, "metrics": figures, **meta})

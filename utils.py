@@ -6,8 +6,11 @@ torch is imported inside the functions, so that a script can parse its arguments
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
 import hashlib
+import io
+import math
 import os
 import subprocess
 import sys
@@ -155,6 +158,24 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise ExpectedError(f"cannot write {path} ({error.strerror or error}); its previous version is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(path: str | os.PathLike, rows: list[dict]) -> None:
+    """Write rows under the union of their columns, floats with six digits; a missing or nan figure is left empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: _cell(value) for name, value in row.items()})
+    with atomic_path(path) as temporary:
+        temporary.write_text(buffer.getvalue())
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return str(value)
 
 
 def provenance() -> dict[str, str]:

@@ -16,7 +16,7 @@ import callbacks
 from adversarial import LOSSES, GANStep, gradient_penalty
 from checkpoint import load_generator, read_tensors
 from training import Callback, StopSignals, TrainState, fit
-from utils import ExpectedError, Interrupted, keyed_generator
+from utils import ExpectedError, Interrupted, keyed_generator, write_csv
 
 
 class Recorder(Callback):
@@ -199,7 +199,7 @@ def test_the_gif_keeps_its_frames(tmp_path):
 
 
 def test_the_log_leaves_missing_figures_empty(tmp_path):
-    callbacks.write_csv(tmp_path / "log.csv", [{"a": 1, "b": 0.123456789}, {"a": 2, "c": math.nan}])
+    write_csv(tmp_path / "log.csv", [{"a": 1, "b": 0.123456789}, {"a": 2, "c": math.nan}])
     assert (tmp_path / "log.csv").read_text() == "a,b,c\n1,0.123457,\n2,,\n"
 
 
