@@ -33,7 +33,13 @@ def main() -> None:
     parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--width", type=flags.positive_int, default=32, help="channels of both networks")
-    flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
+    flag(
+        "--loss",
+        choices=("hinge", "bce"),
+        default="hinge",
+        help="loss of our step, and both loops' discriminator norm with it (the plain loop's loss is BCE)",
+    )
+    flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")  # fmt: skip
     flag("--steps", type=flags.positive_int, default=10, help="steps in a repeat")
     flag("--repeats", type=flags.positive_int, default=5, help="timed repeats of each loop, after one to warm up")
     flag("--workers", type=flags.natural, default=0, help="loader processes of the plain loop")
@@ -60,7 +66,7 @@ def main() -> None:
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
 
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, width {args.width}, "
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, width {args.width}, {args.loss}, "
           f"batch {args.batch_size}, {args.repeats} x {args.steps} steps")  # fmt: skip
     base = statistics.median(rates["plain loop, fp32"])
     for name, values in rates.items():
@@ -69,10 +75,11 @@ def main() -> None:
 
 
 def networks(args, device) -> tuple[nn.Module, nn.Module]:
-    """The same pair for both loops: BatchNorm in the generator and the discriminator, as in the classic example."""
+    """The same pair for both loops, as `--loss` asks for it."""
     torch.manual_seed(0)
+    norm = LOSSES[args.loss].norm
     return (build("dcgan", width=args.width).to(device),
-            build("dcgan_discriminator", width=args.width, norm="batch").to(device))  # fmt: skip
+            build("dcgan_discriminator", width=args.width, norm=norm).to(device))  # fmt: skip
 
 
 def plain_loop(args, device):
@@ -116,7 +123,7 @@ def our_loop(args, device, precision: str):
         "d_lr": torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=betas, fused=True),
     }
     state, ema = TrainState(), EMA(generator, 0.999)
-    step = GANStep(generator, discriminator, optimizers, LOSSES["bce"], state, 0, precision)
+    step = GANStep(generator, discriminator, optimizers, LOSSES[args.loss], state, 0, precision)
     for epoch in itertools.count():
         for images, labels in data.epoch_batches(digits, args.batch_size, 0, epoch):
             state.count(step(images, labels), len(images))
