@@ -2,7 +2,8 @@
 
 The plain loop: fp32, a DataLoader with ToTensor and Normalize, separate backward passes with all gradients, ordinary
 Adam, `.item()` in every step, no EMA. Ours: `GANStep` on the tensor-resident data, the fused optimizer and the EMA.
-Both alternate in one process; reported are images/s (median of the repeats) and the ratio of the medians.
+All in one process: first the plain loop as it comes, then, in turn, the plain loop with our allocator settings, and ours in
+both precisions. Reported are images/s (median of the repeats) and the ratio to the first line.
 
     python benchmarks/train_step.py
 """
@@ -47,31 +48,42 @@ def main() -> None:
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
 
-    device = choose_device(args.device)
     args.data_dir = args.data_dir or data.default_data_dir()
     data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
+
+    # The plain loop as it comes: `choose_device` changes the allocator's settings for the whole process
+    rates = {}
+    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+        rates |= measure(args, {"plain loop, fp32": plain_loop(args, torch.device("cpu"))})
+    device = choose_device(args.device)
     loops = {
-        "plain loop, fp32": plain_loop(args, device),
+        "plain loop, fp32, our allocator settings": plain_loop(args, device),
         "ours, fp32, EMA": our_loop(args, device, "fp32"),
         "ours, bf16, EMA": our_loop(args, device, "bf16"),
     }
+    rates |= measure(args, loops)
+
+    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, width {args.width}, {args.loss}, "
+          f"batch {args.batch_size}, {args.repeats} x {args.steps} steps")  # fmt: skip
+    base = statistics.median(next(iter(rates.values())))
+    for name, values in rates.items():
+        median = statistics.median(values)
+        print(f"{name:42s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})   x {median / base:.2f}")
+
+
+def measure(args, loops: dict) -> dict[str, list[float]]:
+    """Images/s of each loop in each repeat, the loops in turn, after one repeat to warm up."""
     rates = {name: [] for name in loops}
     for repeat in range(args.repeats + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
             for _ in range(args.steps):
                 next(loop)
-            if device.type == "cuda":
+            if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
-
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, width {args.width}, {args.loss}, "
-          f"batch {args.batch_size}, {args.repeats} x {args.steps} steps")  # fmt: skip
-    base = statistics.median(rates["plain loop, fp32"])
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:18s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})   x {median / base:.2f}")
+    return rates
 
 
 def networks(args, device) -> tuple[nn.Module, nn.Module]:
