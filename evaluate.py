@@ -18,11 +18,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--seed", type=seed_number, default=0, help="the first of the seeds")
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    flag("--out", default=None, help="the table to write (default: reports/metrics.csv; runs/metrics.csv with a smaller "
-         "--n or fewer --seeds than the default)")  # fmt: skip
+    flag("--out", default=None, help="the table to write (default: reports/metrics.csv; runs/metrics.csv where "
+         "another flag of the protocol differs from its default)")  # fmt: skip
     args = parser.parse_args(argv)
-    trial = args.n < parser.get_default("n") or args.seeds < parser.get_default("seeds")
-    args.out = args.out or ("runs/metrics.csv" if trial else "reports/metrics.csv")
+    protocol = ("models", "n", "seeds", "seed")
+    default = all(getattr(args, name) == parser.get_default(name) for name in protocol)
+    args.out = args.out or ("reports/metrics.csv" if default else "runs/metrics.csv")
     return args
 
 

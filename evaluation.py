@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import metrics
-from checkpoint import file_sha256, load_model, read_tensors, write_tensors
+from checkpoint import FORMAT, file_sha256, has_format, load_model, read_tensors, write_tensors
 from data import Digits, load_digits, to_model_range, to_uint8
 from metrics import Estimate, Gaussian
 from utils import ExpectedError, keyed_generator
@@ -81,7 +81,9 @@ def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / 
         ExpectedError: the file is missing, damaged, or belongs to another classifier.
     """
     content = read_tensors(path)
-    if content.get("classifier_sha256") != extractor.sha256:
+    if not has_format(content, {"classifier_sha256", "train", "test"}):
+        raise ExpectedError(f"{path} is no statistics file of format {FORMAT}; restore the shipped one")
+    if content["classifier_sha256"] != extractor.sha256:
         raise ExpectedError(
             f"{path} belongs to another classifier; run train_classifier.py --statistics-only --out-dir checkpoints"
         )
@@ -122,7 +124,7 @@ def write_statistics(extractor: Extractor, data_dir: str | os.PathLike, path: Pa
     write_tensors(
         path,
         {
-            "format": 1,
+            "format": FORMAT,
             "classifier_sha256": extractor.sha256,
             "train": part(metrics.gaussian(train_features), None),
             "test": part(test_statistics, test_statistics),

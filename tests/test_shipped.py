@@ -72,6 +72,9 @@ def test_a_statistics_file_of_another_classifier_is_refused(extractor, tmp_path)
     evaluation.write_tensors(tmp_path / "other.pt", {**content, "classifier_sha256": "0" * 64})
     with pytest.raises(evaluation.ExpectedError, match="another classifier"):
         evaluation.load_reference("train", extractor, tmp_path / "other.pt")
+    evaluation.write_tensors(tmp_path / "foreign.pt", {"format": 1, "classifier_sha256": extractor.sha256})
+    with pytest.raises(evaluation.ExpectedError, match="no statistics file"):
+        evaluation.load_reference("train", extractor, tmp_path / "foreign.pt")
 
 
 def test_another_classifier_is_no_ruler(extractor, tmp_path):
