@@ -13,7 +13,7 @@ help:
 
 demo: install
 	$(BIN)/python infer.py --out runs/demo/side_by_side.png
-	$(BIN)/python infer.py --digit 9 --n 9 --out runs/demo/nines.png
+	$(BIN)/python inference.py --digit 9 --outdir runs/demo/digit_samples
 	$(BIN)/python train_gan.py --dataset digits --width 16 --batch-size 64 --epochs 30 --no-early-stop --out-dir runs/demo
 
 install: $(VENV)/installed

@@ -85,13 +85,17 @@ class GANStep:
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(True)
+        asked = None if labels is None else torch.stack([labels, self._wrong_labels(labels)])
         penalised = self.loss.penalty and self.state.step % PENALTY_EVERY == 0
         if penalised:
             real, fake = real.detach().requires_grad_(), fake.requires_grad_()
         with autocast(real.device, self.precision):
-            # Two passes: a common one would mix real and generated images in BatchNorm's statistics.
-            real_logit, fake_logit = self.discriminator(real, labels), self.discriminator(fake, labels)
+            real_logit, fake_logit = self._judge(real, fake, asked)  # [B], with classes [2, B]
+            if self.conditional:
+                (real_logit, wrong_logit), fake_logit = real_logit, fake_logit[0]
             loss = self.loss.discriminator(real_logit, fake_logit)
+            if self.conditional:  # real images with a wrong label are fakes too: GAN-CLS, Reed et al. 2016, section 4.1
+                loss = 0.5 * (loss + self.loss.discriminator(real_logit, wrong_logit))
         total = loss
         if penalised:
             penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)
@@ -100,6 +104,19 @@ class GANStep:
         total.backward()
         self.discriminator_optimizer.step()
         return total.detach()
+
+    def _judge(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The logits of both: in one pass, which is faster, unless BatchNorm would mix their statistics."""
+        if self.loss.norm == "batch":
+            return self.discriminator(real, labels), self.discriminator(fake, labels)
+        both = torch.cat([real, fake]).contiguous(memory_format=torch.channels_last)  # [2B, 1, 28, 28]
+        real_logit, fake_logit = self.discriminator(both, None if labels is None else labels.repeat(1, 2)).chunk(2, -1)
+        return real_logit, fake_logit
+
+    def _wrong_labels(self, labels: Tensor) -> Tensor:
+        """For each label another one, uniformly."""
+        classes, rng = self.generator.config.num_classes, keyed_generator("cpu", self.seed, "wrong labels", self.state.step)
+        return (labels + torch.randint(1, classes, labels.shape, generator=rng).to(labels.device)) % classes
 
     def _update_generator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(False)  # its weight gradients would be thrown away: a third of its backward

@@ -167,10 +167,14 @@ class CheckpointWriter(Callback):
 
 
 class ProgressGIF(Callback):
-    """One frame an epoch: the same noise through the network as it learns, the first frame before any training."""
+    """One frame an epoch: the same noise through the network as it learns, the first frame before any training.
 
-    def __init__(self, path: Path, model: nn.Module, n: int, seed: int):
-        self.path, self.model, self.n, self.seed = path, model, n, seed
+    A frame is a square of `columns`, or as many rows of them as `labels` [N], the classes to draw, fill.
+    """
+
+    def __init__(self, path: Path, model: nn.Module, seed: int, columns: int, labels: Tensor | None = None):
+        self.path, self.model, self.seed, self.columns, self.labels = path, model, seed, columns, labels
+        self.n = columns**2 if labels is None else len(labels)
         self.frames: list[Tensor] = []
 
     def on_start(self, state: TrainState) -> None:
@@ -183,8 +187,8 @@ class ProgressGIF(Callback):
         plots.write_gif(self.path, torch.stack(self.frames))
 
     def _draw(self, caption: str) -> None:
-        images = to_uint8(self.model.sample(self.n, rng=keyed_generator("cpu", self.seed, "progress")))
-        self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images), caption)))
+        images = to_uint8(self.model.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "progress")))
+        self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images, self.columns), caption)))
 
     def state_dict(self) -> dict:
         return {"frames": torch.stack(self.frames)}

@@ -6,15 +6,17 @@ What the trainers' monitor and evaluate.py share. Samples are rounded to uint8 o
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 import metrics
 from checkpoint import FORMAT, file_sha256, has_format, load_model, read_tensors, write_tensors
-from data import Digits, load_digits, to_model_range, to_uint8
+from data import NUM_CLASSES, Digits, load_digits, to_model_range, to_uint8
 from metrics import Estimate, Gaussian
 from utils import ExpectedError, keyed_generator
 
@@ -57,21 +59,39 @@ class Extractor:
         return torch.cat(features), torch.cat(probabilities)
 
 
+class Statistics(NamedTuple):
+    """Gaussians of features: of all, and of each class (None for a class with fewer than two)."""
+
+    whole: Gaussian
+    classes: list[Gaussian | None]
+
+
+class Floor(NamedTuple):
+    """FID of real digits: mean and deviation over eight subsets; and its mean class by class, nan for a class too small."""
+
+    fid: Estimate
+    class_fids: list[float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What samples are compared with: a Gaussian of real features, and the floor by sample size.
+    """What samples are compared with: statistics of real features, and the floor by sample size.
 
-    The floor is the FID that real training digits reach against this reference at the same size, mean and standard
-    deviation over eight random subsets. No subset is part of its own reference: against the training set, each is
-    compared with the digits that it leaves.
+    The floor is the FID that real training digits reach against this reference at the same size, over eight random
+    subsets. No subset is part of its own reference: against the training set, each is compared with the digits that it
+    leaves.
     """
 
-    statistics: Gaussian
-    floors: dict[int, Estimate]
+    statistics: Statistics
+    floors: dict[int, Floor]
 
     def ratio(self, fid: float, n: int) -> float:
         """FID over the floor at `n` samples; nan where that floor was not measured."""
-        return fid / self.floors[n].mean if n in self.floors else float("nan")
+        return fid / self.floors[n].fid.mean if n in self.floors else math.nan
+
+    def class_ratios(self, fids: list[float], n: int) -> list[float]:
+        """The same class by class, at `n` samples of all classes together."""
+        return [fid / floor for fid, floor in zip(fids, self.floors[n].class_fids)] if n in self.floors else []
 
 
 def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / STATISTICS_NAME) -> Reference:
@@ -88,25 +108,34 @@ def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / 
             f"{path} belongs to another classifier; run train_classifier.py --statistics-only --out-dir checkpoints"
         )
     part = content[split]
-    statistics = Gaussian(part["mean"].to(extractor.device), part["covariance"].to(extractor.device), part["n"])
-    return Reference(statistics, {n: Estimate(*floor) for n, floor in part["floors"].items()})
+    gaussians = [Gaussian(mean.to(extractor.device), covariance.to(extractor.device), n)
+                 for mean, covariance, n in (part["whole"], *part["classes"])]  # fmt: skip
+    floors = {n: Floor(Estimate(*fid), class_fids) for n, (fid, class_fids) in part["floors"].items()}
+    return Reference(Statistics(gaussians[0], gaussians[1:]), floors)
 
 
 def measure_reference(digits: Digits, extractor: Extractor, floor_sizes: tuple[int, ...]) -> Reference:
     """Statistics of a training set, with the floor of each size that leaves at least half of the digits."""
     features, _ = extractor(digits.images)
     sizes = [n for n in floor_sizes if n <= len(digits) // 2]
-    return Reference(metrics.gaussian(features), {n: floor(features, n) for n in sizes})
+    return Reference(summary(features, digits.labels), {n: floor(features, digits.labels, n) for n in sizes})
 
 
-def floor(features: Tensor, n: int, reference: Gaussian | None = None) -> Estimate:
+def summary(features: Tensor, labels: Tensor) -> Statistics:
+    """The statistics of features [N, D] of digits with labels [N]."""
+    return Statistics(metrics.gaussian(features), metrics.class_gaussians(features, labels, NUM_CLASSES))
+
+
+def floor(features: Tensor, labels: Tensor, n: int, reference: Statistics | None = None) -> Floor:
     """FID of `n` of the real training `features` [N, D] to `reference`, or without one to the rest of them."""
-    fids = []
+    fids, class_fids = [], []
     for subset in range(FLOOR_SUBSETS):
         order = torch.randperm(len(features), generator=keyed_generator("cpu", "floor", subset)).to(features.device)
-        chosen, rest = features[order[:n]], features[order[n:]]
-        fids.append(metrics.frechet_distance(metrics.gaussian(chosen), reference or metrics.gaussian(rest)))
-    return metrics.estimate(fids)
+        chosen, rest = (summary(features[part], labels[part]) for part in (order[:n], order[n:]))
+        real = reference or rest
+        fids.append(metrics.frechet_distance(chosen.whole, real.whole))
+        class_fids.append(metrics.class_frechet_distances(chosen.classes, real.classes))
+    return Floor(metrics.estimate(fids), torch.tensor(class_fids, dtype=torch.float64).mean(0).tolist())
 
 
 def write_statistics(extractor: Extractor, data_dir: str | os.PathLike, path: Path) -> None:
@@ -114,53 +143,82 @@ def write_statistics(extractor: Extractor, data_dir: str | os.PathLike, path: Pa
     train = load_digits("mnist", "train", data_dir, extractor.device)
     test = load_digits("mnist", "test", data_dir, extractor.device)
     train_features, test_features = extractor(train.images)[0], extractor(test.images)[0]
-    test_statistics = metrics.gaussian(test_features)
+    test_statistics = summary(test_features, test.labels)
 
-    def part(statistics: Gaussian, reference: Gaussian | None) -> dict:
-        floors = {n: tuple(floor(train_features, n, reference)) for n in FLOOR_SIZES}
-        mean, covariance = statistics.mean.cpu(), statistics.covariance.cpu()
-        return {"mean": mean, "covariance": covariance, "n": statistics.n, "floors": floors}
+    def part(statistics: Statistics, reference: Statistics | None) -> dict:
+        floors = {n: floor(train_features, train.labels, n, reference) for n in FLOOR_SIZES}
+        return {
+            "whole": _on_cpu(statistics.whole),
+            "classes": [_on_cpu(gaussian) for gaussian in statistics.classes],
+            "floors": {n: (tuple(fid), class_fids) for n, (fid, class_fids) in floors.items()},
+        }
 
     write_tensors(
         path,
         {
             "format": FORMAT,
             "classifier_sha256": extractor.sha256,
-            "train": part(metrics.gaussian(train_features), None),
+            "train": part(summary(train_features, train.labels), None),
             "test": part(test_statistics, test_statistics),
         },
     )
 
 
+def _on_cpu(gaussian: Gaussian) -> tuple[Tensor, Tensor, int]:
+    return gaussian.mean.cpu(), gaussian.covariance.cpu(), gaussian.n
+
+
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Scores a generator on `n` samples of fixed noise: what the monitor calls after an epoch."""
+    """Scores a generator on `n` samples of fixed noise: what the monitor calls after an epoch.
+
+    With `labels`, int64 [n], it asks for those classes, and adds label accuracy and per-digit FID to its figures.
+    """
 
     extractor: Extractor
     reference: Reference
     n: int
     seed: int
+    labels: Tensor | None = None
 
     def __call__(self, generator: nn.Module) -> dict[str, float]:
         """FID, its ratio to the floor, and inception score of `generator`'s samples."""
-        samples = generator.sample(self.n, rng=keyed_generator("cpu", self.seed, "scoring"))
+        samples = generator.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "scoring"))
         if not torch.isfinite(samples).all():
             raise ExpectedError("the generator's samples are not finite; lower --lr, then start again")
         images = to_uint8(samples)
         features, probabilities = self.extractor(images)
-        fid = metrics.frechet_distance(metrics.gaussian(features), self.reference.statistics)
+        fid = metrics.frechet_distance(metrics.gaussian(features), self.reference.statistics.whole)
         score = metrics.inception_score(probabilities, keyed_generator("cpu", self.seed, "splits"))
-        return {"fid": fid, "fid_ratio": self.reference.ratio(fid, self.n), "is": score.mean, "is_std": score.std}
+        figures = {"fid": fid, "fid_ratio": self.reference.ratio(fid, self.n), "is": score.mean, "is_std": score.std}
+        return figures if self.labels is None else figures | self._class_figures(features, probabilities)
+
+    def _class_figures(self, features: Tensor, probabilities: Tensor) -> dict[str, float]:
+        labels = self.labels.to(features.device)
+        classes = metrics.class_gaussians(features, labels, NUM_CLASSES)
+        fids = metrics.class_frechet_distances(classes, self.reference.statistics.classes)
+        ratios = {f"fid_ratio_{digit}": ratio for digit, ratio in enumerate(self.reference.class_ratios(fids, self.n))}
+        return {"label_accuracy": metrics.label_accuracy(probabilities, labels), **ratios}
 
 
-def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int) -> Scorer:
+def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int, conditional: bool) -> Scorer:
     """The scorer of a training on `digits`: against the shipped training-set statistics of MNIST (also with --limit),
-    or against the training part of the embedded digits."""
+    or against the training part of the embedded digits. A conditional model is asked for the training set's labels."""
     if len(digits) < 2:
         raise ExpectedError("one training digit has no statistics to compare with; give a larger --limit")
     shipped = digits.name == "mnist"
     reference = load_reference("train", extractor) if shipped else measure_reference(digits, extractor, (n,))
-    return Scorer(extractor, reference, n, seed)
+    labels = proportional_labels(digits, n, seed) if conditional else None
+    return Scorer(extractor, reference, n, seed, labels)
+
+
+def proportional_labels(digits: Digits, n: int, seed: int) -> Tensor:
+    """The labels of `digits` over and over, shuffled, the first `n` of them, int64 [n] on the CPU.
+
+    Asking a conditional model for the reference's own labels makes class proportions cost nothing in the FID.
+    """
+    order = torch.randperm(len(digits), generator=keyed_generator("cpu", seed, "labels"))
+    return digits.labels.cpu()[order].repeat(-(-n // len(order)))[:n]
 
 
 class TestSet:
@@ -171,16 +229,25 @@ class TestSet:
     """
 
     def __init__(self, test: Digits, train: Digits, extractor: Extractor):
-        self.extractor = extractor
-        self.features, _ = extractor(test.images)
+        self.extractor, self.labels = extractor, test.labels
+        self.features, self.probabilities = extractor(test.images)
         self.statistics = metrics.gaussian(self.features)
         self.train_images = train.images
         self.test_distances, _ = metrics.nearest_neighbours(test.images, train.images)
 
-    def score(self, images: Tensor, seed: int, memorised: bool = True) -> dict[str, float]:
-        """Every figure of uint8 images [N, 1, 28, 28]; `seed` decides the subsets and splits.
+    def own_figures(self) -> dict[str, float]:
+        """What the test digits reach by themselves: the marks of label accuracy and inception score."""
+        inception = metrics.inception_score(self.probabilities, keyed_generator("cpu", 0, "splits"))
+        return {"is": inception.mean, "label_accuracy": metrics.label_accuracy(self.probabilities, self.labels)}
 
-        `memorised=False` leaves out the figures that compare with the training digits: of those, they say nothing.
+    def score(
+        self, images: Tensor, seed: int, labels: Tensor | None = None, memorised: bool = True
+    ) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Every figure of uint8 images [N, 1, 28, 28], and those of each digit where `labels` [N] were asked for.
+
+        Args:
+            seed: decides the subsets and splits.
+            memorised: False leaves out the figures that compare with the training digits: of those, they say nothing.
         """
         features, probabilities = self.extractor(images)
         inception = metrics.inception_score(probabilities, keyed_generator("cpu", seed, "splits"))
@@ -195,4 +262,17 @@ class TestSet:
             distances, _ = metrics.nearest_neighbours(images, self.train_images)
             found = metrics.memorisation(distances, self.test_distances)
             scores |= {f"nearest_{name}": value for name, value in found._asdict().items()}
-        return scores
+        if labels is None:
+            return scores, []
+        labels = labels.to(features.device)
+        scores["label_accuracy"] = metrics.label_accuracy(probabilities, labels)
+        return scores, [self._score_digit(digit, features, probabilities, labels) for digit in range(NUM_CLASSES)]
+
+    def _score_digit(self, digit: int, features: Tensor, probabilities: Tensor, labels: Tensor) -> dict[str, float]:
+        asked, real = labels == digit, self.features[self.labels == digit]
+        fake = features[asked]
+        return {
+            "fid": metrics.frechet_distance(metrics.gaussian(fake), metrics.gaussian(real)),
+            **metrics.fidelity(real, fake)._asdict(),
+            "label_accuracy": metrics.label_accuracy(probabilities[asked], labels[asked]),
+        }

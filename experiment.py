@@ -25,6 +25,7 @@ UNRECORDED = {"data_dir", "out_dir", "given", "resume"}  # of this machine or th
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
 DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 500, "save_every": 1}
 DRY_RUN_BATCHES = 4
+GIF_COLUMNS = 8
 
 
 class Experiment:
@@ -98,7 +99,9 @@ class Experiment:
         args, signals = self.args, StopSignals()
         ema = callbacks.EMA(model, args.ema_decay) if args.ema else None
         sampled = ema.model if ema else model
-        scorer = training_scorer(self.digits, Extractor(self.device), args.eval_samples, args.seed)
+        conditional = model.config.num_classes > 0
+        scorer = training_scorer(self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional)
+        shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
         flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
         files = {
             f"{self.prefix}_{suffix}".rstrip("_"): (name, sampled if network is model else network)
@@ -110,7 +113,7 @@ class Experiment:
             "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
             "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
             "lr_schedule": self._lr_schedule(list(optimizers.values())),
-            "gif": callbacks.ProgressGIF(self.path("samples", "progress.gif"), sampled, 64, args.seed),
+            "gif": callbacks.ProgressGIF(self.path("samples", "progress.gif"), sampled, args.seed, GIF_COLUMNS, shown),
             "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), optimizers),
             "bar": ProgressBar(args.epochs * self.batches_per_epoch * args.batch_size, args.epochs),
             "checkpoints": callbacks.CheckpointWriter(

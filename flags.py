@@ -73,6 +73,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "ema": True, "ema_decay": 0.999,
              "early_stop": True, "patience": 10}  # fmt: skip
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
+CGAN_REFERENCE = GAN_REFERENCE | {"epochs": 80}
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 
 from flags import ArgumentParser, panel_count, seed_number
-from utils import ExpectedError, choose_device, keyed_generator, run_script
-
-MAX_DRAWS = 200  # batches of `n` samples before `--digit` gives up on an unconditional model
+from utils import choose_device, keyed_generator, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -15,14 +13,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--gan-model", default="checkpoints/best_GAN_G.pt", help="checkpoint of the GAN's generator")
     flag("--n", type=panel_count, default=64, help="digits in a panel")
-    flag(
-        "--digit",
-        type=int,
-        choices=range(10),
-        default=None,
-        help="show this digit only: asked of a conditional model; of an unconditional one, samples that the classifier "
-        "reads so are kept (default: all digits)",
-    )
     flag("--out", default="samples/infer_side_by_side.png", help="the picture to write")
     flag("--seed", type=seed_number, default=0, help="seed of the noise and of the choice of real digits")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -38,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import plots
     from checkpoint import load_generator
+    from data import to_uint8
 
     # Load
     device = choose_device(args.device)
@@ -45,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Real digits and samples, uint8 [n, 1, 28, 28] each
     title, real = real_digits(args)
-    samples = draw(generator, args.n, args.digit, args.seed, device)
+    samples = to_uint8(generator.sample(args.n, rng=keyed_generator("cpu", args.seed, "infer")))
 
     # Draw
     panels = {title: real, f"{generator.model_name} (epoch {generator.meta.get('epoch', '?')})": samples}
@@ -64,41 +55,11 @@ def real_digits(args: argparse.Namespace):
         if name == "digits":
             print(f"MNIST is not in {data_dir}: the real digits shown are scikit-learn's (--dataset mnist downloads MNIST)")
     digits = data.load_digits(name, "test", data_dir)
-    if args.digit is not None:
-        digits = digits.select((digits.labels == args.digit).nonzero()[:, 0])
     count = min(args.n, len(digits))
     if count < args.n:
-        print(f"only {count} of the real digits fit the choice: all are shown")
+        print(f"there are only {count} of these real digits: all are shown")
     title = "real digits (MNIST test set)" if name == "mnist" else "real digits (scikit-learn, 8x8 enlarged)"
     return title, digits.subset(count, "infer", args.seed).images
-
-
-def draw(generator, n: int, digit: int | None, seed: int, device):
-    """uint8 [n, 1, 28, 28] samples; with `digit`, of that digit only.
-
-    Raises:
-        ExpectedError: an unconditional generator hardly ever makes the digit.
-    """
-    import torch
-
-    from data import to_uint8
-    from evaluation import Extractor
-
-    rng = keyed_generator("cpu", seed, "infer")
-    if digit is None:
-        return to_uint8(generator.sample(n, rng=rng))
-    if generator.config.num_classes:
-        return to_uint8(generator.sample(n, labels=torch.full((n,), digit), rng=rng))
-
-    extractor, kept, drawn = Extractor(device), [], 0
-    while sum(map(len, kept)) < n:
-        if drawn >= MAX_DRAWS * n:
-            raise ExpectedError(f"{drawn} samples held fewer than {n} digits that read as {digit}; ask for a smaller --n")
-        images = to_uint8(generator.sample(max(n, 64), rng=rng))
-        drawn += len(images)
-        kept.append(images[extractor(images)[1].argmax(1) == digit])
-    print(f"{sum(map(len, kept))} of {drawn} samples read as {digit}; {n} are shown")
-    return torch.cat(kept)[:n]
 
 
 if __name__ == "__main__":

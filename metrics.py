@@ -202,7 +202,18 @@ def memorisation(sample_distances: Tensor, test_distances: Tensor) -> Memorisati
 
 def label_accuracy(probabilities: Tensor, labels: Tensor) -> float:
     """Share of rows of [N, K] whose largest probability is at the label that was asked for, int64 [N]."""
-    return float((probabilities.argmax(1) == labels.to(probabilities.device)).double().mean())
+    return float((probabilities.argmax(1) == labels).double().mean())
+
+
+def class_gaussians(features: Tensor, labels: Tensor, num_classes: int) -> list[Gaussian | None]:
+    """A Gaussian of the features [N, D] of each class; None for a class with fewer than two."""
+    parts = [features[labels == label] for label in range(num_classes)]
+    return [gaussian(part) if len(part) > 1 else None for part in parts]
+
+
+def class_frechet_distances(a: list[Gaussian | None], b: list[Gaussian | None]) -> list[float]:
+    """The Fréchet distance class by class; nan where a side has too few features of the class."""
+    return [frechet_distance(x, y) if x and y else math.nan for x, y in zip(a, b, strict=True)]
 
 
 def _check_features(features: Tensor, at_least: int = 2) -> None:

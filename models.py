@@ -91,15 +91,21 @@ class Generator(nn.Module):
         w, k = config.width, config.num_classes
         # A linear layer is the transposed convolution of a 1x1 input, without the convolution's overhead.
         self.stem = nn.Linear(config.latent_dim, 4 * w * 7 * 7)
+        self.stem_class = nn.Embedding(k, 4 * w * 7 * 7) if k else None  # where a class differs, its layout does
         self.norm7a, self.conv7 = ClassBatchNorm2d(4 * w, k), nn.Conv2d(4 * w, 4 * w, 3, padding=1)
         self.norm7b, self.up14 = ClassBatchNorm2d(4 * w, k), nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
         self.norm14a, self.conv14 = ClassBatchNorm2d(2 * w, k), nn.Conv2d(2 * w, 2 * w, 3, padding=1)
         self.norm14b, self.up28 = ClassBatchNorm2d(2 * w, k), nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1)
         self.norm28, self.conv28 = ClassBatchNorm2d(w, k), nn.Conv2d(w, 1, 3, padding=1)
         self.apply(_init_weights)
+        if k:
+            nn.init.zeros_(self.stem_class.weight)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self.stem(z).unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)  # [B, 4w, 7, 7], channels last in memory
+        x = self.stem(z)
+        if self.stem_class is not None:
+            x = x + self.stem_class(labels)
+        x = x.unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)  # [B, 4w, 7, 7], channels last in memory
         x = x + self.conv7(F.relu(self.norm7a(x, labels)))
         x = self.up14(F.relu(self.norm7b(x, labels)))  # [B, 2w, 14, 14]
         x = x + self.conv14(F.relu(self.norm14a(x, labels)))
@@ -136,10 +142,11 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """DCGAN discriminator: image [B, 1, 28, 28] -> logit [B] (large: real).
+    """DCGAN discriminator: image [B, 1, 28, 28] -> logit [B] (large: real); with labels [K, B], K logits for each image.
 
-    With classes, a projection discriminator (Miyato & Koyama 2018, section 3): the logit gains the inner product of the
-    class embedding with the sum-pooled features.
+    With classes, a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner product of the class
+    embedding with the features that the last layer sees. They are not sum-pooled as in the paper: where a stroke lies
+    is what tells digits apart, and a pooled inner product is so large that the discriminator wins at once.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -152,8 +159,10 @@ class Discriminator(nn.Module):
         self.down7, self.norm7a = nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1), self._norm(4 * w)
         self.conv7, self.norm7b = nn.Conv2d(4 * w, 4 * w, 3, padding=1), self._norm(4 * w)
         self.head = nn.Linear(4 * w * 7 * 7, 1)
-        self.embed = nn.Embedding(config.num_classes, 4 * w) if config.num_classes else None
+        self.embed = nn.Embedding(config.num_classes, 4 * w * 7 * 7) if config.num_classes else None
         self.apply(_init_weights)
+        if self.embed is not None:
+            nn.init.kaiming_normal_(self.embed.weight, a=0.2)  # like the head, which is its unconditional part
         if config.norm == "spectral":
             for layer in [m for m in self.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]:
                 spectral_norm(layer)
@@ -167,9 +176,10 @@ class Discriminator(nn.Module):
         x = self.down7(F.leaky_relu(self.norm14b(x), 0.2))  # [B, 4w, 7, 7]
         x = x + self.conv7(F.leaky_relu(self.norm7a(x), 0.2))
         x = F.leaky_relu(self.norm7b(x), 0.2)
-        logit = self.head(x.permute(0, 2, 3, 1).flatten(1)).squeeze(1)  # [B]; channels last, so no copy
+        x = x.permute(0, 2, 3, 1).flatten(1)  # [B, 7 * 7 * 4w]; channels last, so no copy
+        logit = self.head(x).squeeze(1)
         if self.embed is not None:
-            logit = logit + (self.embed(labels) * x.sum((2, 3))).sum(1)
+            logit = logit + (self.embed(labels) * x).sum(-1)
         return logit.float()
 
 

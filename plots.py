@@ -14,12 +14,12 @@ from utils import atomic_path
 PAD = 2  # pixels between the images of a grid
 
 
-def image_grid(images: Tensor) -> np.ndarray:
-    """uint8 [N, 1, H, W] -> one nearly square uint8 picture, row by row, white digits on black."""
+def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+    """uint8 [N, 1, H, W] -> one uint8 picture, row by row, white digits on black; nearly square without `columns`."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 1:
         raise ValueError(f"a grid is made of uint8 [N, 1, H, W], not {images.dtype} {list(images.shape)}")
     count, _, height, width = images.shape
-    columns = math.ceil(math.sqrt(count))
+    columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     padded = torch.nn.functional.pad(images[:, 0].cpu(), (0, PAD, 0, PAD))  # [N, H + PAD, W + PAD]
     blank = torch.zeros(rows * columns - count, height + PAD, width + PAD, dtype=torch.uint8)
@@ -35,6 +35,14 @@ def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
     strip = Image.new("L", (picture.shape[1], 18), 0)
     ImageDraw.Draw(strip).text((4, 3), caption, fill=255)
     return np.concatenate([np.asarray(strip), picture])
+
+
+def write_png(path: str | os.PathLike, picture: np.ndarray) -> None:
+    """Write a uint8 picture [H, W]."""
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary, format="PNG")
 
 
 def write_gif(path: str | os.PathLike, frames: Tensor, seconds: float = 8.0) -> None:

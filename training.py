@@ -224,6 +224,8 @@ class ProgressBar(Callback):
         shown = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("loss")]
         if "fid" in (scored := row if "fid" in row else last):
             shown.append(f"FID {scored['fid']:.3f}")
+        if "label_accuracy" in scored:
+            shown.append(f"label accuracy {100 * scored['label_accuracy']:.2f} %")
         if state.best_epoch:
             shown.append(f"best {state.best_fid:.3f} @{state.best_epoch}")
         return "  ".join(shown)

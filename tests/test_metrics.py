@@ -176,3 +176,18 @@ def test_nearest_neighbours_and_memorisation():
 def test_label_accuracy_and_estimate():
     assert metrics.label_accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
     assert metrics.estimate([1.0, 2.0, 3.0]) == (2.0, 1.0)
+
+
+def test_class_distances_compare_each_class_with_its_own():
+    features, labels = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 4
+    moved = features + torch.tensor([0.0, 1.0, 2.0, 3.0])[labels][:, None]
+    a, b = (metrics.class_gaussians(x, labels, 4) for x in (features, moved))
+    assert metrics.class_frechet_distances(a, b) == pytest.approx([6 * shift**2 for shift in range(4)], abs=1e-6)
+
+
+def test_a_class_that_is_too_small_has_no_distance():
+    labels = torch.tensor([0] * 9 + [1])
+    classes = metrics.class_gaussians(torch.randn(10, 3), labels, 3)
+    assert classes[0].n == 9 and classes[1:] == [None, None]
+    distances = metrics.class_frechet_distances(classes, classes)
+    assert distances[0] < 1e-9 and all(math.isnan(value) for value in distances[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import runpy
 
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from conftest import ROOT, error_line, run_process
 from checkpoint import load_generator
 
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_train_gan_dry_run_writes_every_file(run, tmp_path):
@@ -25,6 +31,23 @@ def test_train_gan_dry_run_writes_every_file(run, tmp_path):
         "reports/gan_training_log.csv", "samples/gan_progress.gif",
     }  # fmt: skip
     assert "FID" in out and "left" in out
+
+
+def test_train_cgan_scores_and_draws_by_digit(run, tmp_path):
+    from PIL import Image
+
+    args = ["--dry-run", "--dataset", "digits", "--width", 8, "--out-dir", tmp_path]
+    code, out, err = run("train_cgan.py", *args)
+    assert code == 0, err
+    for file in ("checkpoints/best_CGAN_G.pt", "checkpoints/best_CGAN_D.pt", "checkpoints/last_CGAN.pt"):
+        assert (tmp_path / file).exists(), file
+    rows = read_csv(tmp_path / "reports" / "cgan_training_log.csv")
+    assert len(rows) == 2 and 0 <= float(rows[0]["label_accuracy"]) <= 1
+    assert all(float(rows[-1][f"fid_ratio_{digit}"]) > 1 for digit in range(10))
+    width, height = Image.open(tmp_path / "samples" / "cgan_progress.gif").size
+    assert (width, height) == (8 * 30 + 2, 10 * 30 + 2 + 18)  # a row for each digit, and the caption
+    assert "label accuracy" in out
+    assert load_generator(tmp_path / "checkpoints" / "best_CGAN_G.pt").config.num_classes == 10
 
 
 @pytest.mark.parametrize("loss", ["hinge", "relativistic"])
@@ -44,17 +67,22 @@ def test_train_classifier_dry_run(mnist_dir, run, tmp_path):
 
 
 def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
-    table = tmp_path / "metrics.csv"
-    code, out, err = run("evaluate.py", "--n", 500, "--seeds", 2, "--data-dir", mnist_dir, "--out", table)
+    code, _, err = run("evaluate.py", "--n", 500, "--seeds", 2, "--data-dir", mnist_dir, "--out-dir", tmp_path)
     assert code == 0, err
-    with table.open() as file:
-        real, gan = csv.DictReader(file)
-    assert real["model"] == "real training digits" and gan["model"] == "dcgan"
+    real, test, gan, cgan = read_csv(tmp_path / "metrics.csv")
+    names = [row["model"] for row in (real, test, gan, cgan)]
+    assert names == ["real training digits", "real test digits", "dcgan", "cdcgan"]
     assert float(real["fid"]) < float(gan["fid"]) and float(real["is"]) > float(gan["is"])
     assert float(gan["fid_ratio"]) == pytest.approx(float(gan["fid"]) / float(real["fid"]), rel=1e-4)
     assert all(gan[f"{name}_std"] for name in ("fid", "kid", "recall", "coverage", "nearest_share_close"))
-    assert "against the 10000 test digits" in out
-    code, _, err = run("evaluate.py", "--models", tmp_path / "none.pt", "--out", table)
+    assert all(row["label_accuracy"] for row in (real, test, cgan)) and not gan["label_accuracy"]
+    by_digit = read_csv(tmp_path / "metrics_by_digit.csv")
+    assert [(row["model"], row["digit"]) for row in by_digit] == [
+        (model, str(digit)) for model in ("real training digits", "cdcgan") for digit in range(10)
+    ]
+    for floor, row in zip(by_digit[:10], by_digit[10:]):
+        assert float(row["fid_ratio"]) == pytest.approx(float(row["fid"]) / float(floor["fid"]), rel=1e-4)
+    code, _, err = run("evaluate.py", "--models", tmp_path / "none.pt", "--out-dir", tmp_path)
     assert code == 1 and "does not exist" in error_line(err)
 
 
@@ -71,6 +99,9 @@ def test_the_reference_preset_is_the_table(run, tmp_path):
     flags = load_generator(tmp_path / "checkpoints" / "best_GAN_G.pt").meta["flags"]
     expected = {"batch_size": 128, "lr": 1e-4, "ema_decay": 0.999, "patience": 10, "loss": "bce", "width": 8}
     assert {name: flags[name] for name in expected} == expected
+    for script, epochs in (("train_gan.py", 100), ("train_cgan.py", 80)):
+        args = runpy.run_path(str(ROOT / script))["parse_args"](["--preset", "reference"])
+        assert args.epochs == epochs and args.width == 64
 
 
 BAD_ARGUMENTS = [
@@ -85,10 +116,15 @@ BAD_ARGUMENTS = [
     ("train_classifier.py", ["--epochs", "none"], "--epochs"),
     ("train_gan.py", ["--eval-samples", "9"], "--eval-samples"),
     ("train_gan.py", ["--seed", "9" * 30], "--seed"),
+    ("train_cgan.py", ["--epochs", "0"], "--epochs"),
     ("evaluate.py", ["--seeds", "0"], "--seeds"),
     ("infer.py", ["--n", "0"], "--n"),
     ("infer.py", ["--n", "100000"], "--n"),
-    ("infer.py", ["--digit", "10"], "--digit"),
+    ("evaluate.py", ["--n", "100"], "--n 100"),
+    ("inference.py", ["--digit", "10"], "--digit"),
+    ("inference.py", ["--digit", "nine"], "--digit"),
+    ("inference.py", ["--digit"], "--digit"),
+    ("inference.py", ["--samples", "0"], "--samples"),
 ]
 
 
@@ -148,14 +184,8 @@ def test_infer_draws_real_digits_beside_the_shipped_ones(run, tmp_path):
 
 
 def test_infer_without_mnist_says_so(run, tmp_path):
-    code, out, _ = run("infer.py", "--data-dir", tmp_path, "--out", tmp_path / "a.png", "--n", 64, "--digit", 9)
-    assert code == 0 and "scikit-learn" in out and "only 37 of the real digits" in out
-
-
-def test_infer_shows_one_digit(run, tmp_path):
-    code, out, err = run("infer.py", "--digit", 9, "--n", 9, "--out", tmp_path / "nines.png")
-    assert code == 0, err
-    assert "read as 9" in out and (tmp_path / "nines.png").exists()
+    code, out, _ = run("infer.py", "--data-dir", tmp_path, "--out", tmp_path / "a.png", "--n", 400)
+    assert code == 0 and "scikit-learn" in out and "only 360 of these real digits" in out
 
 
 def test_a_process_of_its_own_prints_one_line(tmp_path):

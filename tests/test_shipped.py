@@ -33,7 +33,8 @@ def read_csv(name: str) -> list[dict[str, str]]:
 
 
 def test_sizes():
-    limits = {"classifier.pt": 1e6, "best_GAN_G.pt": 4e6, "best_GAN_D.pt": 4e6}
+    limits = {"classifier.pt": 1e6}
+    limits |= {f"best_{prefix}_{part}.pt": 4e6 for prefix in ("GAN", "CGAN") for part in "GD"}
     for name, limit in limits.items():
         assert (CHECKPOINTS / name).stat().st_size < limit, name
     assert file_sha256(CHECKPOINTS / "classifier.pt") == evaluation.CLASSIFIER_SHA256
@@ -49,8 +50,9 @@ def test_the_classifier_is_a_good_ruler(extractor, test_digits):
 def test_the_reference_statistics_are_the_test_sets(extractor, test_digits):
     shipped = evaluation.load_reference("test", extractor)
     measured = metrics.gaussian(extractor(test_digits.images)[0])
-    assert shipped.statistics.n == measured.n == 10_000
-    assert metrics.frechet_distance(shipped.statistics, measured) < 1e-4
+    assert shipped.statistics.whole.n == measured.n == 10_000
+    assert metrics.frechet_distance(shipped.statistics.whole, measured) < 1e-4
+    assert [part.n for part in shipped.statistics.classes] == test_digits.labels.bincount().tolist()
     assert set(shipped.floors) == set(evaluation.FLOOR_SIZES)
 
 
@@ -60,11 +62,13 @@ def test_the_floor_is_what_training_digits_reach(extractor, mnist_dir):
     features, _ = extractor(train.images)
     for split in ("train", "test"):
         reference = evaluation.load_reference(split, extractor)
-        floors = [reference.floors[n].mean for n in evaluation.FLOOR_SIZES]
+        floors = [reference.floors[n].fid.mean for n in evaluation.FLOOR_SIZES]
         assert floors == sorted(floors, reverse=True)
-        measured = evaluation.floor(features, 1000, reference.statistics)
-        assert measured.mean == pytest.approx(reference.floors[1000].mean, abs=3 * reference.floors[1000].std)
+        measured, shipped = evaluation.floor(features, train.labels, 1000, reference.statistics), reference.floors[1000]
+        assert measured.fid.mean == pytest.approx(shipped.fid.mean, abs=3 * shipped.fid.std)
+        assert measured.class_fids == pytest.approx(shipped.class_fids, rel=0.3)
         assert reference.ratio(floors[1], 1000) == 1 and reference.ratio(1.0, 1234) != reference.ratio(1.0, 1234)  # nan
+        assert reference.class_ratios(shipped.class_fids, 1000) == [1.0] * 10 and reference.class_ratios([1.0], 1234) == []
 
 
 def test_a_statistics_file_of_another_classifier_is_refused(extractor, tmp_path):
@@ -87,13 +91,46 @@ def test_another_classifier_is_no_ruler(extractor, tmp_path):
     assert evaluation.Extractor(path=tmp_path / "classifier.pt", sha256="").sha256 != extractor.sha256
 
 
+class RealDigits(torch.nn.Module):
+    """A perfect conditional generator, but that it draws the digit `shift` above the one asked for."""
+
+    def __init__(self, digits: data.Digits, shift: int):
+        super().__init__()
+        self.shift = shift
+        self.images = [data.to_model_range(digits.images[digits.labels == digit]) for digit in range(10)]
+
+    def sample(self, n: int, labels: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        digits = (labels + self.shift) % 10
+        return torch.stack([self.images[digit][i % len(self.images[digit])] for i, digit in enumerate(digits.tolist())])
+
+
+def test_a_digit_that_was_not_asked_for_shows(extractor, test_digits, mnist_dir):
+    """Label accuracy and per-digit FID see what the FID over all digits cannot."""
+    train = data.load_digits("mnist", "train", mnist_dir)
+    scorer = evaluation.training_scorer(train, extractor, 1000, seed=0, conditional=True)
+    right, wrong = (scorer(RealDigits(test_digits, shift)) for shift in (0, 1))
+    assert right["label_accuracy"] > 0.98 and wrong["label_accuracy"] < 0.02
+    assert right["fid"] < 3 and wrong["fid"] < 6
+    for digit in range(10):
+        assert right[f"fid_ratio_{digit}"] < 3 and wrong[f"fid_ratio_{digit}"] > 30
+
+
+def test_a_conditional_model_is_asked_for_the_real_proportions(test_digits):
+    labels = evaluation.proportional_labels(test_digits, 10_000, seed=0)
+    assert torch.equal(labels.bincount(), test_digits.labels.bincount()) and not torch.equal(labels, test_digits.labels)
+    again, other = (evaluation.proportional_labels(test_digits, 10_000, seed) for seed in (0, 1))
+    assert torch.equal(labels, again) and not torch.equal(labels, other)
+    repeated = evaluation.proportional_labels(test_digits.subset(30, "few"), 70, seed=0)
+    assert torch.equal(repeated[:30], repeated[30:60]) and len(repeated) == 70
+
+
 def test_the_score_moves_with_the_damage(extractor, test_digits):
     """Noise and blur are worse the stronger they are; real digits are best."""
     reference = evaluation.load_reference("test", extractor)
     few = test_digits.subset(2000, "damage").images
 
     def fid(images: torch.Tensor) -> float:
-        return metrics.frechet_distance(metrics.gaussian(extractor(images)[0]), reference.statistics)
+        return metrics.frechet_distance(metrics.gaussian(extractor(images)[0]), reference.statistics.whole)
 
     noise = torch.randn(few.shape, generator=keyed_generator("cpu", "noise"))
     noisy = [fid((few + level * noise).clamp(0, 255).to(torch.uint8)) for level in (0, 8, 32, 64)]
@@ -102,31 +139,39 @@ def test_the_score_moves_with_the_damage(extractor, test_digits):
     assert blurred > 3 * noisy[0]
 
 
-def test_the_log_and_the_checkpoint_agree():
-    rows = read_csv("gan_training_log.csv")
+@pytest.mark.parametrize("prefix", ["GAN", "CGAN"])
+def test_the_log_and_the_checkpoint_agree(prefix):
+    rows = read_csv(f"{prefix.lower()}_training_log.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
     best = min((row for row in rows if row["fid"]), key=lambda row: float(row["fid"]))
-    for name in ("best_GAN_G.pt", "best_GAN_D.pt"):
+    for name in (f"best_{prefix}_G.pt", f"best_{prefix}_D.pt"):
         meta = load_model(CHECKPOINTS / name).meta
         assert meta["epoch"] == int(best["epoch"])
         assert f"{meta['metrics']['fid']:.6g}" == best["fid"]
         assert meta["flags"]["limit"] == 0 and meta["flags"]["dataset"] == "mnist"
 
 
-def test_the_shipped_generator_scores_what_its_log_says(extractor):
+@pytest.mark.parametrize("prefix", ["GAN", "CGAN"])
+def test_the_shipped_generator_scores_what_its_log_says(extractor, mnist_dir, prefix):
     """Half precision and another machine move the figure by less than a few per cent."""
-    generator = load_generator(CHECKPOINTS / "best_GAN_G.pt")
+    generator = load_generator(CHECKPOINTS / f"best_{prefix}_G.pt")
     flags, figures = generator.meta["flags"], generator.meta["metrics"]
-    reference = evaluation.load_reference("train", extractor)
-    scores = evaluation.Scorer(extractor, reference, flags["eval_samples"], flags["seed"])(generator)
+    train = data.load_digits("mnist", "train", mnist_dir)
+    scorer = evaluation.training_scorer(
+        train, extractor, flags["eval_samples"], flags["seed"], generator.config.num_classes > 0
+    )
+    scores = scorer(generator)
     assert scores["fid"] == pytest.approx(figures["fid"], rel=0.05)
     assert scores["is"] == pytest.approx(figures["is"], abs=0.05)
+    assert scores.get("label_accuracy", 1) == pytest.approx(figures.get("label_accuracy", 1), abs=0.002)
 
 
 def test_the_readme_states_the_measured_figures():
     readme = (ROOT / "README.md").read_text()
     for row in read_csv("metrics.csv"):
         for name in ("fid", "is", "precision", "recall"):
-            assert f"{float(row[name]):.3f}" in readme, (row["model"], name)
-    for name in ("samples/infer_side_by_side.png", "samples/gan_progress.gif"):
+            assert not row[name] or f"{float(row[name]):.3f}" in readme, (row["model"], name)
+        if row["label_accuracy"]:
+            assert f"{100 * float(row['label_accuracy']):.2f} %" in readme, row["model"]
+    for name in ("samples/infer_side_by_side.png", "samples/gan_progress.gif", "samples/cgan_progress.gif"):
         assert name in readme and (ROOT / name).stat().st_size > 10_000

@@ -188,14 +188,26 @@ def test_the_gif_keeps_its_frames(tmp_path):
     from PIL import Image
 
     network = small("dcgan")
-    gif = callbacks.ProgressGIF(tmp_path / "a.gif", network, n=4, seed=0)
+    gif = callbacks.ProgressGIF(tmp_path / "a.gif", network, seed=0, columns=2)
     run_scored([3, 2], gif)
-    again = callbacks.ProgressGIF(tmp_path / "b.gif", network, n=4, seed=0)
+    again = callbacks.ProgressGIF(tmp_path / "b.gif", network, seed=0, columns=2)
     again.load_state_dict(gif.state_dict())
     fit(loss_step, number_batches(1), 3, [again], TrainState(epoch=2))
     assert Image.open(tmp_path / "a.gif").n_frames == 3  # one before training, one an epoch
     assert Image.open(tmp_path / "b.gif").n_frames == 4
     assert torch.equal(again.frames[0], gif.frames[0])
+
+
+def test_the_gif_of_a_conditional_model_has_a_row_for_each_class(tmp_path):
+    class Flat(torch.nn.Module):  # draws the class as a grey level
+        def sample(self, n, labels=None, rng=None):
+            return (labels / 5 - 1).view(n, 1, 1, 1).expand(n, 1, 28, 28)
+
+    gif = callbacks.ProgressGIF(tmp_path / "a.gif", Flat(), 0, columns=3, labels=torch.arange(10).repeat_interleave(3))
+    gif.on_start(TrainState())
+    cells = gif.frames[0][-10 * 30 :, 2:].reshape(10, 30, 3, 30)[:, :28, :, :28]
+    expected = torch.arange(10) / 10 * 255
+    assert torch.allclose(cells.float(), expected.view(10, 1, 1, 1).expand_as(cells), atol=0.5)
 
 
 def test_the_log_leaves_missing_figures_empty(tmp_path):
@@ -302,6 +314,19 @@ def test_the_update_is_the_textbook_one():
     for ours, theirs in ((step.generator, plain.generator), (step.discriminator, plain.discriminator)):
         for key, value in theirs.state_dict().items():
             assert torch.allclose(ours.state_dict()[key].float(), value.float(), atol=1e-4), key
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_one_pass_judges_as_two_would(loss):
+    """Also by class; with BatchNorm each side must keep its own statistics."""
+    step = make_step(loss, "cdcgan")
+    real, fake, labels = torch.rand(8, 1, 28, 28), -torch.rand(8, 1, 28, 28), torch.arange(8)
+    step.discriminator(real, labels), step.discriminator.eval()  # fixes the power iteration of spectral norm
+    if loss == "bce":
+        step.discriminator.train()
+    both = step._judge(real, fake, labels[None])
+    for together, images in zip(both, (real, fake)):
+        assert torch.allclose(together[0], step.discriminator(images, labels), atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""Draw the digits that are asked for from a conditional model: a PNG for each sample and a strip for each digit."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from flags import ArgumentParser, panel_count, seed_number
+from utils import ExpectedError, choose_device, keyed_generator, run_script
+
+STRIP_COLUMNS = 20  # a longer strip goes on in a second row
+
+
+def digit_choice(text: str) -> str | int:
+    """argparse type: a digit, or `all`."""
+    if text == "all":
+        return text
+    if text not in {str(digit) for digit in range(10)}:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a digit in 0..9 nor 'all'")
+    return int(text)
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--model", default="checkpoints/best_CGAN_G.pt", help="checkpoint of a conditional model")
+    flag("--digit", type=digit_choice, nargs="+", default=["all"], help="digits to draw, such as 9, or 3 5 8, or all")
+    flag("--samples", type=panel_count, default=10, help="samples of each digit")
+    flag("--outdir", default="digit_samples", help="folder for the pictures; those of the same name are replaced")
+    flag("--seed", type=seed_number, default=0, help="seed of the noise; a digit looks the same whatever others are drawn")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    import plots
+    from checkpoint import load_generator
+
+    generator = load_generator(args.model, choose_device(args.device))
+    folder = Path(args.outdir)
+    for digit in chosen_digits(args.digit, generator.config.num_classes, args.model):
+        images = draw(generator, digit, args.samples, args.seed)
+        for number, image in enumerate(images, start=1):
+            path = folder / f"digit_{digit}_{number:03d}.png"
+            plots.write_png(path, image[0].numpy())
+            print(path)
+        strip = folder / f"digit_{digit}.png"
+        plots.write_png(strip, plots.image_grid(images, columns=min(args.samples, STRIP_COLUMNS)))
+        print(strip)
+
+
+def chosen_digits(choices: list[str | int], num_classes: int, model: str) -> list[int]:
+    """The digits of `--digit` in ascending order, each once.
+
+    Raises:
+        ExpectedError: the model is unconditional, or lacks one of the digits.
+    """
+    if not num_classes:
+        raise ExpectedError(
+            f"{model} is unconditional: no digit can be asked of it; give a conditional checkpoint (best_CGAN_G.pt), "
+            "or use infer.py"
+        )
+    digits = set(range(num_classes)) if "all" in choices else set(choices)
+    if missing := sorted(digit for digit in digits if digit >= num_classes):
+        raise ExpectedError(f"{model} has no digit {missing[0]}, only 0..{num_classes - 1}; ask for one of those")
+    return sorted(digits)
+
+
+def draw(generator, digit: int, n: int, seed: int):
+    """uint8 [n, 1, 28, 28] samples of `digit` on the CPU, the same whatever other digits are drawn."""
+    import torch
+
+    from data import to_uint8
+
+    labels = torch.full((n,), digit)
+    return to_uint8(generator.sample(n, labels, keyed_generator("cpu", seed, "inference", digit))).cpu()
+
+
+if __name__ == "__main__":
+    run_script(main)

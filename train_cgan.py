@@ -1,0 +1,28 @@
+"""Train the conditional DCGAN; writes checkpoints/, reports/cgan_training_log.csv and samples/cgan_progress.gif."""
+
+from __future__ import annotations
+
+import argparse
+
+from flags import CGAN_REFERENCE, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args
+from utils import run_script
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add_training_flags(parser)
+    add_gan_flags(parser)
+    return parse_training_args(parser, argv, CGAN_REFERENCE)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    from adversarial import train_gan
+    from data import NUM_CLASSES
+
+    train_gan(args, "cdcgan", num_classes=NUM_CLASSES, prefix="CGAN", title="cgan")
+
+
+if __name__ == "__main__":
+    run_script(main)
