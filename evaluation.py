@@ -91,7 +91,8 @@ class Reference:
 
     def class_ratios(self, fids: list[float], n: int) -> list[float]:
         """The same class by class, at `n` samples of all classes together."""
-        return [fid / floor for fid, floor in zip(fids, self.floors[n].class_fids)] if n in self.floors else []
+        floors = self.floors[n].class_fids if n in self.floors else [math.nan] * len(fids)
+        return [fid / floor for fid, floor in zip(fids, floors)]
 
 
 def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / STATISTICS_NAME) -> Reference:

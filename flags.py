@@ -161,7 +161,7 @@ def parse_training_args(
     """
     typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: None for action in parser._actions}))
     if typed.preset == "reference":
-        parser.set_defaults(**REFERENCE, **reference)
+        parser.set_defaults(**(REFERENCE | reference))
     args = parser.parse_args(argv)
     if args.eval_every > args.epochs:
         parser.error(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing would be scored")
