@@ -17,9 +17,15 @@ from utils import ExpectedError, autocast, keyed_generator
 
 
 class GANLoss(NamedTuple):
-    """Losses of the logits [B] of real and generated images, the discriminator's norm, and its gradient penalty."""
+    """Losses of the logits [B] of real and generated images, the discriminator's norm, and its gradient penalty.
+
+    `mismatch` is what the discriminator's loss gains for real images with a wrong label (GAN-CLS: Reed et al. 2016,
+    section 4.1). It is added at full weight, and the generated images keep theirs: with half for each, as in the paper,
+    the hinge is content with a generator that puts twice the real density on half of the digits.
+    """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]  # (real, fake) -> scalar
+    mismatch: Callable[[Tensor, Tensor], Tensor]  # (real, real with a wrong label) -> scalar
     generator: Callable[[Tensor, Tensor], Tensor]
     norm: str
     penalty: float  # weight gamma of R1 + R2
@@ -30,18 +36,21 @@ LOSSES = {
     # Non-saturating loss with BatchNorm in the discriminator: Goodfellow et al. 2014, section 3; Radford et al. 2016.
     "bce": GANLoss(
         lambda real, fake: F.softplus(-real).mean() + F.softplus(fake).mean(),
+        lambda real, wrong: F.softplus(wrong).mean(),
         lambda real, fake: F.softplus(-fake).mean(),
         norm="batch", penalty=0.0, paired=False,
     ),
     # Hinge loss with spectral normalisation: Miyato et al. 2018, eqs. 16 and 17.
     "hinge": GANLoss(
         lambda real, fake: F.relu(1 - real).mean() + F.relu(1 + fake).mean(),
+        lambda real, wrong: F.relu(1 + wrong).mean(),
         lambda real, fake: -fake.mean(),
         norm="spectral", penalty=0.0, paired=False,
     ),
     # Relativistic pairing with zero-centred gradient penalties on both sides: R3GAN, Huang et al. 2024, section 2.
     "relativistic": GANLoss(
         lambda real, fake: F.softplus(fake - real).mean(),
+        lambda real, wrong: F.softplus(wrong - real).mean(),
         lambda real, fake: F.softplus(real - fake).mean(),
         norm="none", penalty=1.0, paired=True,
     ),
@@ -94,8 +103,8 @@ class GANStep:
             if self.conditional:
                 (real_logit, wrong_logit), fake_logit = real_logit, fake_logit[0]
             loss = self.loss.discriminator(real_logit, fake_logit)
-            if self.conditional:  # real images with a wrong label are fakes too: GAN-CLS, Reed et al. 2016, section 4.1
-                loss = 0.5 * (loss + self.loss.discriminator(real_logit, wrong_logit))
+            if self.conditional:
+                loss = loss + self.loss.mismatch(real_logit, wrong_logit)
         total = loss
         if penalised:
             penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)
