@@ -1,4 +1,4 @@
-"""How long does one wait? Reading MNIST, `--help`, and scoring a generator, as the median of a few repeats.
+"""How long does one wait? Reading MNIST, `--help`, a digit on demand, and scoring a generator: medians of a few repeats.
 
 python benchmarks/latency.py
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -43,19 +44,23 @@ def main() -> None:
     features, _ = extractor(images)
     real = extractor(data.load_digits("mnist", "test", data_dir, device).images)[0]
     help_command = [sys.executable, str(ROOT / "train_gan.py"), "--help"]
+    digit_model = str(ROOT / "checkpoints" / "best_CGAN_G.pt")
+    digit_command = [sys.executable, str(ROOT / "inference.py"), "--model", digit_model, "--digit", "9", "--outdir"]
 
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, n = {args.n}, {args.repeats} repeats")
     report = {
         "read MNIST's 60,000 training digits": lambda: data.load_digits("mnist", "train", data_dir),
         "train_gan.py --help": lambda: subprocess.run(help_command, check=True, capture_output=True),
+        "inference.py --digit 9": lambda: subprocess.run([*digit_command, scratch], check=True, capture_output=True),
         "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
         "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
         "  of that: features": lambda: extractor(images),
         "precision, recall, density, coverage": lambda: metrics.fidelity(real, features),
         "KID": lambda: metrics.kernel_distance(real, features, keyed_generator("cpu", 0)),
     }
-    for name, work in report.items():
-        print(f"{name:45s} {median_seconds(work, args.repeats, device):7.2f} s")
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, work in report.items():
+            print(f"{name:45s} {median_seconds(work, args.repeats, device):7.2f} s")
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -287,6 +287,33 @@ def test_the_losses_are_the_papers(kind):
     assert torch.allclose(LOSSES[kind].generator(real, fake), expected[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_mismatch_costs_what_a_fake_does(kind):
+    """The discriminator's loss but for the part of the real images, which it has once."""
+    real, wrong = torch.randn(64) * 2, torch.randn(64) * 2
+    expected = reference_losses(kind, real, wrong)[0]
+    if kind != "relativistic":
+        expected = expected - reference_losses(kind, real, torch.full((64,), -1e4))[0]
+    assert torch.allclose(LOSSES[kind].mismatch(real, wrong), expected, atol=1e-5)
+
+
+def test_wrong_labels_are_fakes_to_the_discriminator():
+    step = make_step("relativistic", "cdcgan")
+    step.state.step = 1  # a step without a penalty
+    images, labels = torch.rand(16, 1, 28, 28) * 2 - 1, torch.arange(16) % 10
+    noise = torch.randn(16, 100, generator=keyed_generator("cpu", 0, "noise", 1))
+    with torch.no_grad():
+        fake = step.generator(noise, labels)
+        wrong_labels = step._wrong_labels(labels)
+        asked = ((images, labels), (fake, labels), (images, wrong_labels))
+        real, made, wrong = (step.discriminator(x, y) for x, y in asked)
+    expected = reference_losses("relativistic", real, made)[0] + reference_losses("relativistic", real, wrong)[0]
+    assert float(step(images, labels)["loss_d"]) == pytest.approx(float(expected), rel=1e-4)
+
+    drawn = step._wrong_labels(torch.full((9000,), 3)).bincount(minlength=10)
+    assert drawn[3] == 0 and all(abs(count - 1000) < 150 for i, count in enumerate(drawn.tolist()) if i != 3)
+
+
 def test_the_gradient_penalty_of_a_known_function():
     """logit = w.x has the gradient w everywhere."""
     images, w = torch.randn(5, 1, 4, 4, requires_grad=True), torch.randn(16)
