@@ -20,8 +20,7 @@ class GANLoss(NamedTuple):
     """Losses of the logits [B] of real and generated images, the discriminator's norm, and its gradient penalty.
 
     `mismatch` is what the discriminator's loss gains for real images with a wrong label (GAN-CLS: Reed et al. 2016,
-    section 4.1). It is added at full weight, and the generated images keep theirs: with half for each, as in the paper,
-    the hinge is content with a generator that puts twice the real density on half of the digits.
+    section 4.1), at a weight of MISMATCH_WEIGHT.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]  # (real, fake) -> scalar
@@ -57,6 +56,9 @@ LOSSES = {
 }  # fmt: skip
 
 
+# The paper gives wrong labels the weight of the generated images. On digits that ends in prototypes: label accuracy
+# passes that of real digits, while recall and FID get worse from the third epoch on.
+MISMATCH_WEIGHT = 0.1
 PENALTY_EVERY = 4  # steps; the penalty is weighted up in turn (lazy regularisation: Karras et al. 2020, section 3.1)
 
 
@@ -104,7 +106,7 @@ class GANStep:
                 (real_logit, wrong_logit), fake_logit = real_logit, fake_logit[0]
             loss = self.loss.discriminator(real_logit, fake_logit)
             if self.conditional:
-                loss = loss + self.loss.mismatch(real_logit, wrong_logit)
+                loss = loss + MISMATCH_WEIGHT * self.loss.mismatch(real_logit, wrong_logit)
         total = loss
         if penalised:
             penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)

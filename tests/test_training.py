@@ -13,7 +13,7 @@ from conftest import ROOT, error_line
 from test_models import small
 
 import callbacks
-from adversarial import LOSSES, GANStep, gradient_penalty
+from adversarial import LOSSES, MISMATCH_WEIGHT, GANStep, gradient_penalty
 from checkpoint import load_generator, read_tensors
 from training import Callback, StopSignals, TrainState, fit
 from utils import ExpectedError, Interrupted, keyed_generator, write_csv
@@ -307,7 +307,8 @@ def test_wrong_labels_are_fakes_to_the_discriminator():
         wrong_labels = step._wrong_labels(labels)
         asked = ((images, labels), (fake, labels), (images, wrong_labels))
         real, made, wrong = (step.discriminator(x, y) for x, y in asked)
-    expected = reference_losses("relativistic", real, made)[0] + reference_losses("relativistic", real, wrong)[0]
+    as_fakes = [reference_losses("relativistic", real, fakes)[0] for fakes in (made, wrong)]
+    expected = as_fakes[0] + MISMATCH_WEIGHT * as_fakes[1]
     assert float(step(images, labels)["loss_d"]) == pytest.approx(float(expected), rel=1e-4)
 
     drawn = step._wrong_labels(torch.full((9000,), 3)).bincount(minlength=10)
