@@ -96,16 +96,17 @@ class GANStep:
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(True)
-        asked = None if labels is None else torch.stack([labels, self._wrong_labels(labels)])
         penalised = self.loss.penalty and self.state.step % PENALTY_EVERY == 0
         if penalised:
             real, fake = real.detach().requires_grad_(), fake.requires_grad_()
         with autocast(real.device, self.precision):
-            real_logit, fake_logit = self._judge(real, fake, asked)  # [B], with classes [2, B]
-            if self.conditional:
-                (real_logit, wrong_logit), fake_logit = real_logit, fake_logit[0]
-            loss = self.loss.discriminator(real_logit, fake_logit)
-            if self.conditional:
+            if labels is None:
+                real_logit, fake_logit = self._judge(real, fake)
+                loss = self.loss.discriminator(real_logit, fake_logit)
+            else:
+                questions = torch.stack([labels, self._wrong_labels(labels)])
+                (real_logit, wrong_logit), (fake_logit, _) = self._judge(real, fake, questions)
+                loss = self.loss.discriminator(real_logit, fake_logit)
                 loss = loss + MISMATCH_WEIGHT * self.loss.mismatch(real_logit, wrong_logit)
         total = loss
         if penalised:
@@ -116,8 +117,11 @@ class GANStep:
         self.discriminator_optimizer.step()
         return total.detach()
 
-    def _judge(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The logits of both: in one pass, which is faster, unless BatchNorm would mix their statistics."""
+    def _judge(self, real: Tensor, fake: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The logits [B] of both, with labels [K, B] those of each question, [K, B].
+
+        In one pass, which is faster, unless BatchNorm would mix their statistics.
+        """
         if self.loss.norm == "batch":
             return self.discriminator(real, labels), self.discriminator(fake, labels)
         both = torch.cat([real, fake]).contiguous(memory_format=torch.channels_last)  # [2B, 1, 28, 28]

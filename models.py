@@ -82,7 +82,8 @@ class Generator(nn.Module):
     """DCGAN generator: latent [B, latent_dim] ~ N(0, I) -> image [B, 1, 28, 28] in [-1, 1], at 7 -> 14 -> 28 pixels.
 
     The paper's transposed convolutions, with a residual 3x3 convolution at 7x7 and at 14x14: at equal cost, depth
-    pays more than width, because strokes have to agree over the whole digit.
+    pays more than width, because strokes have to agree over the whole digit. A class acts on every normalisation, and
+    on the first layer as if its one-hot vector were part of the latent (Mirza & Osindero 2014).
     """
 
     def __init__(self, config: GeneratorConfig):
@@ -91,7 +92,7 @@ class Generator(nn.Module):
         w, k = config.width, config.num_classes
         # A linear layer is the transposed convolution of a 1x1 input, without the convolution's overhead.
         self.stem = nn.Linear(config.latent_dim, 4 * w * 7 * 7)
-        self.stem_class = nn.Embedding(k, 4 * w * 7 * 7) if k else None  # where a class differs, its layout does
+        self.stem_class = nn.Embedding(k, 4 * w * 7 * 7) if k else None
         self.norm7a, self.conv7 = ClassBatchNorm2d(4 * w, k), nn.Conv2d(4 * w, 4 * w, 3, padding=1)
         self.norm7b, self.up14 = ClassBatchNorm2d(4 * w, k), nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
         self.norm14a, self.conv14 = ClassBatchNorm2d(2 * w, k), nn.Conv2d(2 * w, 2 * w, 3, padding=1)
