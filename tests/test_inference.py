@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import math
+
 import imageio.v3 as imageio
 import numpy as np
 import torch
@@ -76,13 +79,18 @@ def test_all_means_the_classes_of_the_model(run, tmp_path):
 
 
 def test_a_thousand_nines_read_as_nines(run, tmp_path):
-    """The label accuracy that the README claims holds for the pictures that a user gets."""
+    """The label accuracy that the reports claim for the nine holds, within chance, for the pictures that a user gets."""
+    with (ROOT / "reports" / "metrics_by_digit.csv").open() as file:
+        (claimed,) = (
+            float(row["label_accuracy"]) for row in csv.DictReader(file) if (row["model"], row["digit"]) == ("cdcgan", "9")
+        )
     assert run("inference.py", "--digit", 9, "--samples", 1000, "--model", SHIPPED, "--outdir", tmp_path)[0] == 0
     paths = sorted(tmp_path.glob("digit_9_*.png"))
     images = torch.stack([torch.from_numpy(imageio.imread(path)) for path in paths])[:, None]
     assert len(images) == 1000 and len({image.numpy().tobytes() for image in images}) == 1000
     _, probabilities = Extractor()(images)
-    assert metrics.label_accuracy(probabilities, torch.full((1000,), 9)) >= 0.99
+    chance = math.sqrt(claimed * (1 - claimed) / 1000)
+    assert metrics.label_accuracy(probabilities, torch.full((1000,), 9)) >= claimed - 3 * chance
 
 
 def test_a_fresh_process_draws_the_shipped_digits(tmp_path):
