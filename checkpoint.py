@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from models import build
 from utils import ExpectedError, atomic_path
@@ -22,6 +23,7 @@ from utils import ExpectedError, atomic_path
 FORMAT = 1
 MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
 MAX_TRAINING_BYTES = 8 * 2**30
+RANDOM_FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
 def save_model(path: str | os.PathLike, name: str, model: nn.Module, meta: dict, half: bool = True) -> None:
@@ -64,7 +66,7 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> n
     try:
         if not isinstance(name, str) or not all(isinstance(content[part], dict) for part in ("config", "weights", "meta")):
             raise ValueError("its entries have the wrong types")
-        with torch.device("meta"):  # checks names and shapes before any memory is taken
+        with torch.device("meta"), _NoInitialisation():  # checks names and shapes before any memory is taken
             _check_weights(build(name, **config).state_dict(), weights)
         model = build(name, **config)
         model.load_state_dict(weights)
@@ -132,6 +134,15 @@ def _check_container(path: Path, max_bytes: int) -> None:
             raise zipfile.BadZipFile("its members claim more bytes than they may have")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+
+
+class _NoInitialisation(TorchFunctionMode):
+    """Parameters stay as they are made: random numbers on the meta device would import torch's compiler, 1.6 seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init" or function in RANDOM_FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def _check_weights(expected: dict, weights: dict) -> None:
