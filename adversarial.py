@@ -57,7 +57,7 @@ LOSSES = {
 
 
 # The paper gives wrong labels the weight of the generated images. On digits that ends in prototypes: label accuracy
-# passes that of real digits, while recall and FID get worse from the third epoch on.
+# passes that of real digits, while the FID gets worse from the third epoch on.
 MISMATCH_WEIGHT = 0.1
 PENALTY_EVERY = 4  # steps; the penalty is weighted up in turn (lazy regularisation: Karras et al. 2020, section 3.1)
 
