@@ -20,7 +20,7 @@ class GANLoss(NamedTuple):
     """Losses of the logits [B] of real and generated images, the discriminator's norm, and its gradient penalty.
 
     `mismatch` is what the discriminator's loss gains for real images with a wrong label (GAN-CLS: Reed et al. 2016,
-    section 4.1), at a weight of MISMATCH_WEIGHT.
+    section 4.2), at a weight of MISMATCH_WEIGHT.
     """
 
     discriminator: Callable[[Tensor, Tensor], Tensor]  # (real, fake) -> scalar
