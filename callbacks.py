@@ -122,18 +122,23 @@ class ReduceLROnPlateau(Callback):
             scheduler.patience = self.patience  # a resumed run may change it
 
 
-class CosineLR(Callback):
-    """Lowers the learning rates along a half cosine to zero at `total_steps` (Loshchilov & Hutter 2017, eq. 5)."""
+class ScheduledLR(Callback):
+    """Raises the learning rates linearly over `warmup` steps; then keeps them, or with `total_steps` lowers them.
 
-    def __init__(self, optimizers: list[torch.optim.Optimizer], total_steps: int):
-        self.total_steps = total_steps
+    They fall along a half cosine that reaches zero at `total_steps` (Loshchilov & Hutter 2017, eq. 5).
+    """
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer], warmup: int, total_steps: int | None):
+        self.warmup, self.total_steps = warmup, total_steps
         self.peaks = [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in optimizers]
 
     def on_start(self, state: TrainState) -> None:
         self.after_step(state)
 
     def after_step(self, state: TrainState) -> None:
-        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, state.step / self.total_steps)))
+        factor = min(1.0, (state.step + 1) / self.warmup) if self.warmup else 1.0
+        if self.total_steps:
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, state.step / self.total_steps)))
         for optimizer, peaks in self.peaks:
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
@@ -169,11 +174,21 @@ class CheckpointWriter(Callback):
 class ProgressGIF(Callback):
     """One frame an epoch: the same noise through the network as it learns, the first frame before any training.
 
-    A frame is a square of `columns`, or as many rows of them as `labels` [N], the classes to draw, fill.
+    A frame is a square of `columns`, or as many rows of them as `labels` [N], the classes to draw, fill. `options` are
+    those of the model's `sample`.
     """
 
-    def __init__(self, path: Path, model: nn.Module, seed: int, columns: int, labels: Tensor | None = None):
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        seed: int,
+        columns: int,
+        labels: Tensor | None = None,
+        options: dict | None = None,
+    ):
         self.path, self.model, self.seed, self.columns, self.labels = path, model, seed, columns, labels
+        self.options = options or {}
         self.n = columns**2 if labels is None else len(labels)
         self.frames: list[Tensor] = []
 
@@ -187,7 +202,8 @@ class ProgressGIF(Callback):
         plots.write_gif(self.path, torch.stack(self.frames))
 
     def _draw(self, caption: str) -> None:
-        images = to_uint8(self.model.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "progress")))
+        rng = keyed_generator("cpu", self.seed, "progress")
+        images = to_uint8(self.model.sample(self.n, self.labels, rng, **self.options))
         self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images, self.columns), caption)))
 
     def state_dict(self) -> dict:

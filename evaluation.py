@@ -174,6 +174,7 @@ class Scorer:
     """Scores a generator on `n` samples of fixed noise: what the monitor calls after an epoch.
 
     With `labels`, int64 [n], it asks for those classes, and adds label accuracy and per-digit FID to its figures.
+    `options` are those of the generator's `sample`.
     """
 
     extractor: Extractor
@@ -181,10 +182,11 @@ class Scorer:
     n: int
     seed: int
     labels: Tensor | None = None
+    options: dict = dataclasses.field(default_factory=dict)
 
     def __call__(self, generator: nn.Module) -> dict[str, float]:
         """FID, its ratio to the floor, and inception score of `generator`'s samples."""
-        samples = generator.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "scoring"))
+        samples = generator.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "scoring"), **self.options)
         if not torch.isfinite(samples).all():
             raise ExpectedError("the generator's samples are not finite; lower --lr, then start again")
         images = to_uint8(samples)
@@ -202,7 +204,9 @@ class Scorer:
         return {"label_accuracy": metrics.label_accuracy(probabilities, labels), **ratios}
 
 
-def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int, conditional: bool) -> Scorer:
+def training_scorer(
+    digits: Digits, extractor: Extractor, n: int, seed: int, conditional: bool, options: dict | None = None
+) -> Scorer:
     """The scorer of a training on `digits`: against the shipped training-set statistics of MNIST (also with --limit),
     or against the training part of the embedded digits. A conditional model is asked for the training set's labels."""
     if len(digits) < 2:
@@ -210,7 +214,7 @@ def training_scorer(digits: Digits, extractor: Extractor, n: int, seed: int, con
     shipped = digits.name == "mnist"
     reference = load_reference("train", extractor) if shipped else measure_reference(digits, extractor, (n,))
     labels = proportional_labels(digits, n, seed) if conditional else None
-    return Scorer(extractor, reference, n, seed, labels)
+    return Scorer(extractor, reference, n, seed, labels, options or {})
 
 
 def proportional_labels(digits: Digits, n: int, seed: int) -> Tensor:

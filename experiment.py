@@ -23,6 +23,7 @@ from utils import ExpectedError, Interrupted, choose_device, make_deterministic,
 CHANGEABLE = {"epochs", "patience", "save_every", "device"}
 UNRECORDED = {"data_dir", "out_dir", "given", "resume"}  # of this machine or this call, not of the run
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
+SLOW_EVAL_SAMPLES = {"mnist": 2_000, "digits": 700}  # of a model of many evaluations per image, on a CPU
 DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 500, "save_every": 1}
 DRY_RUN_BATCHES = 4
 GIF_COLUMNS = 8
@@ -32,13 +33,14 @@ class Experiment:
     """A run of one trainer. `prefix` names its checkpoints (`best_GAN_G.pt`), `title` its log and GIF.
 
     A trainer finds here `args` (those of the resumed run, if one is), `device`, `precision` and `state`; it builds its
-    networks and its step, and hands them to `train`.
+    networks and its step, and hands them to `train`. `slow_sampling`: sampling takes many network evaluations, so fewer
+    samples are scored on a CPU.
 
     Raises:
         ExpectedError: bad data, device or batch size; nothing to resume, or flags that contradict the resumed run.
     """
 
-    def __init__(self, args: argparse.Namespace, prefix: str, title: str):
+    def __init__(self, args: argparse.Namespace, prefix: str, title: str, slow_sampling: bool = False):
         self.prefix, self.title, self.state = prefix, title, TrainState()
         self.out_dir = _out_dir(args)
         self.last = self.out_dir / "checkpoints" / f"last_{prefix}.pt"
@@ -52,7 +54,8 @@ class Experiment:
         self.args, self.device = args, choose_device(args.device)
         self.precision = resolve_precision(args.precision, self.device)
         args.precision = self.precision
-        args.eval_samples = args.eval_samples or EVAL_SAMPLES[args.dataset]
+        sizes = SLOW_EVAL_SAMPLES if slow_sampling and self.device.type == "cpu" else EVAL_SAMPLES
+        args.eval_samples = args.eval_samples or sizes[args.dataset]
         if args.deterministic:
             make_deterministic()
         torch.manual_seed(args.seed)  # of the initial weights: all later randomness is keyed
@@ -86,6 +89,7 @@ class Experiment:
         networks: dict[str, nn.Module],
         optimizers: dict[str, torch.optim.Optimizer],
         exports: dict[str, tuple[str, nn.Module]],
+        sample_options: dict | None = None,
     ) -> None:
         """Train, score and write until the run is over, or a signal interrupts it.
 
@@ -95,12 +99,15 @@ class Experiment:
             networks, optimizers: by name, what a resumed run must restore; the optimizers' names are their columns in
                 the log.
             exports: suffix of the file -> (model name, network), what to write; `model` is written as its EMA.
+            sample_options: of the model's `sample`, for the monitor and the GIF.
         """
         args, signals = self.args, StopSignals()
         ema = callbacks.EMA(model, args.ema_decay) if args.ema else None
         sampled = ema.model if ema else model
         conditional = model.config.num_classes > 0
-        scorer = training_scorer(self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional)
+        scorer = training_scorer(
+            self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional, sample_options
+        )
         shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
         flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
         files = {
@@ -113,7 +120,9 @@ class Experiment:
             "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
             "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
             "lr_schedule": self._lr_schedule(list(optimizers.values())),
-            "gif": callbacks.ProgressGIF(self.path("samples", "progress.gif"), sampled, args.seed, GIF_COLUMNS, shown),
+            "gif": callbacks.ProgressGIF(
+                self.path("samples", "progress.gif"), sampled, args.seed, GIF_COLUMNS, shown, sample_options
+            ),
             "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), optimizers),
             "bar": ProgressBar(args.epochs * self.batches_per_epoch * args.batch_size, args.epochs),
             "checkpoints": callbacks.CheckpointWriter(
@@ -145,13 +154,12 @@ class Experiment:
         """Where this run writes `name`, such as reports/gan_training_log.csv."""
         return self.out_dir / folder / f"{self.title}_{name}"
 
-    def _lr_schedule(self, optimizers: list[torch.optim.Optimizer]) -> Callback | None:
+    def _lr_schedule(self, optimizers: list[torch.optim.Optimizer]) -> Callback:
         args = self.args
         if args.lr_schedule == "plateau":
             return callbacks.ReduceLROnPlateau(optimizers, max(1, args.patience // 2))
-        if args.lr_schedule == "cosine":
-            return callbacks.CosineLR(optimizers, args.epochs * self.batches_per_epoch)
-        return None
+        total = args.epochs * self.batches_per_epoch if args.lr_schedule == "cosine" else None
+        return callbacks.ScheduledLR(optimizers, args.warmup_steps, total)
 
     def _restore(self, parts: dict) -> None:
         try:

@@ -38,6 +38,11 @@ def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def non_negative(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+
+
 def fraction(text: str) -> float:
     """argparse type: a number in [0, 1)."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
@@ -71,9 +76,11 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 # `--preset reference`: the table of the classic student projects, to compare the defaults against.
 REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "ema": True, "ema_decay": 0.999,
-             "early_stop": True, "patience": 10}  # fmt: skip
+             "early_stop": True, "patience": 10, "warmup_steps": 0}  # fmt: skip
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
 CGAN_REFERENCE = GAN_REFERENCE | {"epochs": 80}
+DIFFUSION_REFERENCE = {"width": 64, "timesteps": 1000, "schedule": "linear", "prediction": "eps", "grad_clip": 1.0,
+                       "label_dropout": 0.1}  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -88,6 +95,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default="constant",
         help="plateau: halve when the FID has not improved for half of --patience; cosine: to zero over --epochs",
     )
+    flag("--warmup-steps", type=natural, default=0, help="steps over which the learning rate rises from zero; 0: none")
     flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
     flag("--ema-decay", type=fraction, default=0.999, help="decay of that average in a step")
     flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
@@ -151,6 +159,32 @@ def add_gan_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(width=32, lr=5e-4, lr_schedule="cosine")
 
 
+def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the diffusion trainer beside the common ones, and its defaults for those."""
+    flag = parser.add_argument
+    flag("--timesteps", type=positive_int, default=1000, help="noise levels of the forward process")
+    flag("--schedule", choices=("linear", "cosine"), default="cosine", help="how the noise grows with time")
+    flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
+    flag("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no bound")
+    flag("--label-dropout", type=fraction, default=0.1, help="share of labels hidden, to learn unconditional sampling")
+    add_sampling_flags(parser)
+    parser.set_defaults(width=32, lr=1e-3, lr_schedule="cosine", warmup_steps=500)
+    parser.set_defaults(sampler="dpm-solver++", steps=10, guidance=1.0)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How a diffusion model is sampled; what is not typed is None, and left to the model's `sample`."""
+    flag = parser.add_argument
+    flag("--sampler", choices=("dpm-solver++", "ddim", "ddpm"), default=None, help="sampler of a diffusion model")
+    flag("--steps", type=positive_int, default=None, help="network evaluations of that sampler")
+    flag(
+        "--guidance",
+        type=non_negative,
+        default=None,
+        help="strength of classifier-free guidance: 1 is plain conditional sampling, 0 unconditional",
+    )
+
+
 def parse_training_args(
     parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any]
 ) -> argparse.Namespace:
@@ -165,5 +199,9 @@ def parse_training_args(
     args = parser.parse_args(argv)
     if args.eval_every > args.epochs:
         parser.error(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing would be scored")
+    if args.lr_schedule == "plateau":
+        if typed.warmup_steps:
+            parser.error("--lr-schedule plateau has no warm-up; leave --warmup-steps out")
+        args.warmup_steps = 0
     args.given = sorted(name for name, value in vars(typed).items() if value is not None)
     return args

@@ -3,17 +3,26 @@
 Images are float [B, 1, 28, 28] in [-1, 1]; labels are int64 [B] in 0..num_classes-1. A config is carried in every
 checkpoint, so sampling needs no architecture flags. Every generator here is sampled in one way:
 
-    generator.sample(n, labels=None, rng=None) -> float [n, 1, 28, 28] in [-1, 1]
+    generator.sample(n, labels=None, rng=None, **options) -> float [n, 1, 28, 28] in [-1, 1]
+
+where the options are those that the class names in `SAMPLE_OPTIONS`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+
+import diffusion
+from unet import UNet
 
 NORMS = ("batch", "spectral", "none")
 
@@ -23,6 +32,13 @@ def _check_int(config: object, name: str, low: int, high: int) -> None:
     value = getattr(config, name)
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{type(config).__name__}.{name} must be an integer in {low}..{high}, not {value!r}")
+
+
+def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
+    """`ValueError` unless the field is one of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {value!r}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -54,8 +70,7 @@ class DiscriminatorConfig:
     def __post_init__(self):
         _check_int(self, "width", 1, 512)
         _check_int(self, "num_classes", 0, 1000)
-        if self.norm not in NORMS:
-            raise ValueError(f"DiscriminatorConfig.norm must be one of {', '.join(NORMS)}, not {self.norm!r}")
+        _check_choice(self, "norm", NORMS)
 
 
 class ClassBatchNorm2d(nn.Module):
@@ -85,6 +100,8 @@ class Generator(nn.Module):
     pays more than width, because strokes have to agree over the whole digit. A class acts on every normalisation, and
     on the first layer as if its one-hot vector were part of the latent (Mirza & Osindero 2014).
     """
+
+    SAMPLE_OPTIONS = ()
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
@@ -129,17 +146,15 @@ class Generator(nn.Module):
             ValueError: `n` < 1, labels for an unconditional model, of a wrong shape, or outside its classes.
         """
         z = torch.randn(_checked_count(n), self.config.latent_dim, generator=rng)
-        labels = draw_labels(n, self.config.num_classes, labels, rng)
-        device = next(self.parameters()).device
-        was_training = self.training
-        self.eval()
-        try:
+        if labels is not None:
+            check_labels(labels, n, self.config.num_classes)
+        elif self.config.num_classes:
+            labels = torch.randint(self.config.num_classes, (n,), generator=rng)
+        with _evaluating(self) as device:
             if labels is None:
                 return torch.cat([self(chunk.to(device)) for chunk in z.split(chunk_size)])
             chunks = zip(z.split(chunk_size), labels.split(chunk_size))
             return torch.cat([self(chunk.to(device), classes.to(device)) for chunk, classes in chunks])
-        finally:
-            self.train(was_training)
 
 
 class Discriminator(nn.Module):
@@ -192,6 +207,129 @@ def _init_weights(module: nn.Module) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# DDPM (Ho et al. 2020): unconditional and class-conditional in one network
+
+
+@dataclasses.dataclass(frozen=True)
+class DDPMConfig:
+    """`width`: channels of the U-Net at 28x28; the others: see diffusion.py. `num_classes=0` is unconditional."""
+
+    width: int = 32
+    num_classes: int = 10
+    timesteps: int = 1000
+    schedule: str = "cosine"
+    prediction: str = "v"
+
+    def __post_init__(self):
+        _check_int(self, "width", 8, 512)
+        if self.width % 8:
+            raise ValueError(f"DDPMConfig.width must be a multiple of 8, not {self.width}")
+        _check_int(self, "num_classes", 0, 1000)
+        _check_int(self, "timesteps", 2, 100_000)
+        _check_choice(self, "schedule", diffusion.SCHEDULES)
+        _check_choice(self, "prediction", diffusion.PREDICTIONS)
+
+
+class DDPM(nn.Module):
+    """A U-Net and its noise schedule. The null class, `num_classes`, stands for "any digit"."""
+
+    SAMPLE_OPTIONS = ("sampler", "steps", "guidance", "eta")
+
+    def __init__(self, config: DDPMConfig):
+        super().__init__()
+        self.config = config
+        self.unet = UNet(config.width, config.num_classes)
+        self.levels = diffusion.noise_levels(config.schedule, config.timesteps)
+        for name in ("alpha", "sigma"):
+            values = torch.tensor([getattr(level, name) for level in self.levels])
+            self.register_buffer(name, values, persistent=False)  # follows from the config
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes."""
+        return self.unet(x, time * (1000 / self.config.timesteps), labels)
+
+    def loss(self, images: Tensor, labels: Tensor, rng: torch.Generator, label_dropout: float) -> Tensor:
+        """Mean squared error of the prediction, scalar, for images [B, 1, 28, 28] in [-1, 1] and labels [B].
+
+        Args:
+            rng: generator on the images' device, of times, noise and dropped labels.
+            label_dropout: the share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1).
+        """
+        time = diffusion.stratified_times(len(images), self.config.timesteps, rng)  # [B]
+        alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
+        eps = torch.randn(images.shape, generator=rng, device=images.device)
+        dropped = torch.rand(len(labels), generator=rng, device=images.device) < label_dropout
+        labels = labels.masked_fill(dropped, self.config.num_classes)
+        output = self(diffusion.diffuse(images, eps, alpha, sigma), time, labels)
+        return F.mse_loss(output, diffusion.target(self.config.prediction, images, eps, alpha, sigma))
+
+    def denoise(self, x: Tensor, level: diffusion.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
+        """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
+
+        Guidance w combines the predictions for the labels, c, and for the null class, u, as u + w (c - u) (Ho & Salimans
+        2022, eq. 6, with w counted from 0): 1 is plain conditional, 0 unconditional; others cost two evaluations.
+        """
+        time = torch.full((len(x),), level.time, device=x.device)
+        null = torch.full_like(labels, self.config.num_classes)
+        if guidance in (0, 1):
+            output = self(x, time, labels if guidance else null)
+        else:
+            both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([null, labels]))
+            output = torch.lerp(*both.chunk(2), guidance)
+        return diffusion.clean_estimate(self.config.prediction, output, x, level.alpha, level.sigma).clamp(-1, 1)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        n: int,
+        labels: Tensor | None = None,
+        rng: torch.Generator | None = None,
+        *,
+        sampler: str = "dpm-solver++",
+        steps: int | None = None,
+        guidance: float = 1.0,
+        eta: float = 0.0,
+        chunk_size: int = 125,
+    ) -> Tensor:
+        """Draw `n` images, float32 [n, 1, 28, 28] in [-1, 1], in eval mode.
+
+        Args:
+            labels: int64 [n], the classes to draw; None draws from the null class, as an unconditional model.
+            rng: CPU generator of all randomness; None uses torch's global one.
+            sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
+            steps: network evaluations (pairs of them with guidance); by default 15, and every timestep for `ddpm`.
+            guidance: strength w of classifier-free guidance, see `denoise`.
+            eta: of DDIM, in [0, 1]: 0 is deterministic, 1 ancestral.
+            chunk_size: images per forward pass; it bounds the memory, and changes the step noise of `ddpm` and eta > 0.
+
+        Raises:
+            ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
+        """
+        x = torch.randn(_checked_count(n), 1, 28, 28, generator=rng)
+        step_seed = int(torch.randint(2**62, (), generator=rng))
+        if labels is None:
+            labels, guidance = torch.full((n,), self.config.num_classes), 1.0
+        else:
+            check_labels(labels, n, self.config.num_classes)
+        if sampler not in diffusion.SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(diffusion.SAMPLERS)}, not {sampler!r}")
+        if not 0 <= eta <= (sampler == "ddim"):
+            raise ValueError(f"eta must lie in 0..1, and be 0 for any sampler but ddim; not {eta}")
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
+        grid = diffusion.time_grid(self.levels, steps or (len(self.levels) if sampler == "ddpm" else 15))
+        options = {"eta": eta} if sampler == "ddim" else {}
+
+        with _evaluating(self) as device:
+            step_rng = torch.Generator(device).manual_seed(step_seed)
+            parts = []
+            for noise, classes in zip(x.split(chunk_size), labels.split(chunk_size)):
+                denoise = functools.partial(self.denoise, labels=classes.to(device), guidance=guidance)
+                parts.append(diffusion.SAMPLERS[sampler](denoise, noise.to(device), grid, step_rng, **options))
+            return torch.cat(parts)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The digit classifier behind the metrics
 
 
@@ -241,17 +379,25 @@ def _conv_norm_relu(inputs: int, outputs: int) -> nn.Sequential:
 # Sampling helpers that every generator shares
 
 
-def draw_labels(n: int, num_classes: int, labels: Tensor | None, rng: torch.Generator | None) -> Tensor | None:
-    """The labels to sample: those given, checked; else uniform draws from `rng`; None for an unconditional model."""
-    if labels is None:
-        return torch.randint(num_classes, (n,), generator=rng) if num_classes else None
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode for a while; gives the model's device."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+def check_labels(labels: Tensor, n: int, num_classes: int) -> None:
+    """`ValueError` unless labels are int64 [n] in 0..num_classes-1, and the model is conditional."""
     if not num_classes:
         raise ValueError("labels were given to an unconditional model; leave them out, or load a conditional checkpoint")
     if labels.shape != (n,) or labels.dtype != torch.int64:
         raise ValueError(f"labels must be int64 of shape [{n}], not {labels.dtype} of {list(labels.shape)}")
     if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(f"labels must lie in 0..{num_classes - 1}")
-    return labels
 
 
 def _checked_count(n: int) -> int:
@@ -266,6 +412,7 @@ def _checked_count(n: int) -> int:
 MODELS = {
     "dcgan": (GeneratorConfig, Generator),
     "cdcgan": (GeneratorConfig, Generator),
+    "ddpm": (DDPMConfig, DDPM),
     "dcgan_discriminator": (DiscriminatorConfig, Discriminator),
     "cdcgan_discriminator": (DiscriminatorConfig, Discriminator),
     "classifier": (ClassifierConfig, DigitClassifier),

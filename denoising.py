@@ -1,0 +1,61 @@
+"""The diffusion model's update, and the assembly of its training."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from experiment import Experiment
+from models import DDPM, build
+from training import TrainState
+from utils import ExpectedError, autocast, keyed_generator
+
+
+class DiffusionStep:
+    """One update of the U-Net (Ho et al. 2020, algorithm 1), with times and noise keyed by the step.
+
+    Calling it with images [B, 1, 28, 28] in [-1, 1] and labels [B] returns the loss as a device scalar.
+    """
+
+    def __init__(
+        self,
+        model: DDPM,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        seed: int,
+        precision: str,
+        grad_clip: float,
+        label_dropout: float,
+    ):
+        self.model, self.optimizer, self.state, self.seed = model, optimizer, state, seed
+        self.precision, self.grad_clip, self.label_dropout = precision, grad_clip, label_dropout
+
+    def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
+        with autocast(images.device, self.precision):
+            loss = self.model.loss(images, labels, rng, self.label_dropout)
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip, foreach=True)
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+
+def train_ddpm(args: argparse.Namespace) -> None:
+    """Train the diffusion model: the whole of train_diffusion.py but its flags."""
+    run = Experiment(args, "DIFF", "diffusion", slow_sampling=True)
+    try:
+        model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
+    except ValueError as error:
+        raise ExpectedError(f"{error}; choose another value") from error
+    model.to(run.device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
+    if args.compile == "on":
+        model.unet.compile()
+
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    step = DiffusionStep(model, optimizer, run.state, args.seed, run.precision, args.grad_clip, args.label_dropout)
+    sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
+    run.train(step, model, {"model": model}, {"lr": optimizer}, {"": ("ddpm", model)}, sampling)

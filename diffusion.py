@@ -1,0 +1,175 @@
+"""The mathematics of diffusion: noise schedules, the forward process, training targets, and samplers, without a network.
+
+An image x0 is blurred into x_t = alpha_t x0 + sigma_t eps with eps ~ N(0, I) and alpha_t^2 + sigma_t^2 = 1, at the times
+t = 0, ..., T - 1, the last of which is almost pure noise. In Ho et al. 2020, alpha_t^2 is the cumulative product of
+1 - beta. A sampler sees a network only as `denoise(x, level)`, its estimate of x0; so the same few lines serve either
+prediction, guidance, and the closed-form denoisers of the tests.
+
+    Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239
+    Nichol & Dhariwal 2021, "Improved Denoising Diffusion Probabilistic Models", arXiv 2102.09672
+    Song et al. 2021, "Denoising Diffusion Implicit Models", arXiv 2010.02502
+    Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", arXiv 2202.00512
+    Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", arXiv 2211.01095
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("linear", "cosine")
+PREDICTIONS = ("eps", "v")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Noise schedules
+
+
+class Level(NamedTuple):
+    """A noise level: x = alpha x0 + sigma eps. `time` is its index in the schedule, -1 for a clean image."""
+
+    time: int
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite for a clean image."""
+        return math.log(self.alpha / self.sigma) if self.sigma else math.inf
+
+
+CLEAN = Level(-1, 1.0, 0.0)
+
+
+def betas(schedule: str, timesteps: int) -> Tensor:
+    """The variances beta_t of the forward process, float64 [timesteps], in (0, 1).
+
+    `linear`: Ho et al. 2020, section 4, where 1000 steps go from 1e-4 to 0.02; scaled to other numbers of steps.
+    `cosine`: Nichol & Dhariwal 2021, eq. 17.
+
+    Raises:
+        ValueError: another schedule.
+    """
+    if schedule == "linear":
+        ends = torch.tensor([1e-4, 0.02], dtype=torch.float64, device="cpu") * 1000 / timesteps
+        return torch.linspace(ends[0], ends[1], timesteps, dtype=torch.float64, device="cpu").clamp(max=0.999)
+    if schedule == "cosine":
+        t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu")
+        alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+        return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+
+
+def noise_levels(schedule: str, timesteps: int) -> list[Level]:
+    """The level of every time, from the finest noise (time 0) to the coarsest (Ho et al. 2020, eq. 4)."""
+    alpha_bar = (1 - betas(schedule, timesteps)).cumprod(0)
+    return [Level(t, math.sqrt(a), math.sqrt(1 - a)) for t, a in enumerate(alpha_bar.tolist())]
+
+
+def time_grid(levels: list[Level], steps: int) -> list[Level]:
+    """`steps` levels evenly spaced in time, from the coarsest down, and the clean image: where a sampler evaluates.
+
+    The first one is the very last time, whose noise sampling starts from (Lin et al. 2024, arXiv 2305.08891, table 2,
+    "trailing"). With as many steps as times it is all of them.
+
+    Raises:
+        ValueError: no step, or more steps than times.
+    """
+    if not 1 <= steps <= len(levels):
+        raise ValueError(f"steps must lie in 1..{len(levels)}, the number of timesteps, not {steps}")
+    return [levels[round(len(levels) * (1 - i / steps)) - 1] for i in range(steps)] + [CLEAN]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The forward process, and what a network learns to predict. Here alpha and sigma are floats, or tensors that broadcast.
+
+
+def diffuse(x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """x_t of clean images x0 and standard normal eps, both [B, ...] (Ho et al. 2020, eq. 4)."""
+    return alpha * x0 + sigma * eps
+
+
+def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """What the network is to predict: the noise (Ho et al. 2020, eq. 14), or v (Salimans & Ho 2022, section 4)."""
+    return eps if prediction == "eps" else alpha * eps - sigma * x0
+
+
+def clean_estimate(prediction: str, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
+    """The estimate of x0 that a network's `output` at x implies: `target` solved for x0."""
+    return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
+
+
+def stratified_times(n: int, timesteps: int, rng: torch.Generator) -> Tensor:
+    """int64 [n] times on the generator's device, each uniform in 0..timesteps-1, together evenly spread.
+
+    One shared offset into an even grid: the loss of a batch varies less (Kingma et al. 2021, arXiv 2107.00630,
+    appendix I.1).
+    """
+    offset = torch.rand(1, generator=rng, device=rng.device, dtype=torch.float64)
+    grid = torch.arange(n, device=rng.device, dtype=torch.float64) / n
+    return ((offset + grid) % 1 * timesteps).long().clamp(max=timesteps - 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samplers: standard normal x [B, ...] at the first level of `grid` -> an estimate of x0, along the grid
+
+Denoise = Callable[[Tensor, Level], Tensor]
+
+
+def posterior(x0: Tensor, x: Tensor, now: Level, then: Level) -> tuple[Tensor, float]:
+    """Mean and variance of q(x_then | x_now, x0), for `then` less noisy than `now` (Ho et al. 2020, eqs. 6 and 7).
+
+    For adjacent times these are the paper's; for others, those of the process that visits only the grid (Nichol &
+    Dhariwal 2021, section 4).
+    """
+    alpha = now.alpha / then.alpha  # of the step from `then` to `now`
+    beta = 1 - alpha**2
+    variance = then.sigma**2 / now.sigma**2 * beta
+    mean = (then.alpha * beta * x0 + alpha * then.sigma**2 * x) / now.sigma**2
+    return mean, variance
+
+
+def ddpm(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator) -> Tensor:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), with the posterior's variance; the last step adds no noise."""
+    for now, then in itertools.pairwise(grid):
+        mean, variance = posterior(denoise(x, now), x, now, then)
+        x = mean + math.sqrt(variance) * _normal_like(x, rng) if variance else mean
+    return x
+
+
+def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, eta: float = 0.0) -> Tensor:
+    """Song et al. 2021, eq. 12: deterministic for eta = 0, ancestral sampling for eta = 1. First order."""
+    for now, then in itertools.pairwise(grid):
+        x0 = denoise(x, now)
+        eps = (x - now.alpha * x0) / now.sigma
+        noise = eta * then.sigma / now.sigma * math.sqrt(1 - (now.alpha / then.alpha) ** 2)  # eq. 16
+        x = then.alpha * x0 + math.sqrt(then.sigma**2 - noise**2) * eps
+        if noise:
+            x = x + noise * _normal_like(x, rng)
+    return x
+
+
+def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator | None = None) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: deterministic, second order; its first and last steps are DDIM's."""
+    previous, previous_step = None, 0.0
+    for now, then in itertools.pairwise(grid):
+        x0 = denoise(x, now)
+        step = then.log_snr - now.log_snr  # h, infinite when `then` is clean
+        estimate = x0
+        if previous is not None and then is not CLEAN:
+            estimate = x0 + step / (2 * previous_step) * (x0 - previous)  # extrapolated to the middle of the step
+        x = then.sigma / now.sigma * x - then.alpha * math.expm1(-step) * estimate  # eq. 9 with D_i
+        previous, previous_step = x0, step
+    return x
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm-solver++": dpm_solver}
+
+
+def _normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)

@@ -1,0 +1,30 @@
+"""Train the diffusion model; writes checkpoints/, reports/diffusion_training_log.csv and samples/diffusion_progress.gif."""
+
+from __future__ import annotations
+
+import argparse
+
+from flags import DIFFUSION_REFERENCE, ArgumentParser, add_diffusion_flags, add_training_flags, parse_training_args
+from utils import run_script
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add_training_flags(parser)
+    add_diffusion_flags(parser)
+    args = parse_training_args(parser, argv, DIFFUSION_REFERENCE)
+    if args.steps > args.timesteps:
+        parser.error(f"--steps {args.steps} is more than the --timesteps {args.timesteps} that there are to visit")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+
+    from denoising import train_ddpm
+
+    train_ddpm(args)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,105 @@
+"""The U-Net of the diffusion model: noisy image, time and class in, an image-shaped prediction out."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS = 8  # of every GroupNorm
+HEAD_CHANNELS = 64  # at most, of an attention head
+
+
+class UNet(nn.Module):
+    """A U-Net over 28x28, 14x14 and 7x7 pixels with `width`, 2 `width` and 4 `width` channels (Ho et al. 2020).
+
+    Most blocks work at 14x14 and 7x7, with self-attention at 7x7. Time and class are embedded, added up, and scale and
+    shift the second normalisation of every block (Dhariwal & Nichol 2021). `labels` run over 0..num_classes, the last
+    one being the null class of an unconditional prediction.
+    """
+
+    def __init__(self, width: int, num_classes: int):
+        super().__init__()
+        w, c = width, 4 * width
+        self.time = nn.Sequential(nn.Linear(c, c), nn.SiLU(), nn.Linear(c, c))
+        self.label = nn.Embedding(num_classes + 1, c)
+        self.stem = nn.Conv2d(1, w, 3, padding=1)
+        self.enter28 = ResBlock(w, w, c)
+        self.down14 = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
+        self.enter14 = nn.ModuleList([ResBlock(2 * w, 2 * w, c), ResBlock(2 * w, 2 * w, c)])
+        self.down7 = nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1)
+        self.middle = nn.ModuleList(
+            [
+                ResBlock(4 * w, 4 * w, c),
+                Attention(4 * w),
+                ResBlock(4 * w, 4 * w, c),
+                Attention(4 * w),
+                ResBlock(4 * w, 4 * w, c),
+            ]
+        )
+        self.up14 = nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
+        self.leave14 = nn.ModuleList([ResBlock(4 * w, 2 * w, c), ResBlock(4 * w, 2 * w, c)])
+        self.up28 = nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1)
+        self.leave28 = ResBlock(w, w, c)
+        self.norm, self.head = nn.GroupNorm(GROUPS, w), nn.Conv2d(w, 1, 3, padding=1)
+        nn.init.normal_(self.label.weight, std=0.02)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """Images [B, 1, 28, 28], times [B] in 0..1000 and labels [B] -> float32 [B, 1, 28, 28]."""
+        condition = self.time(sinusoids(time, self.label.embedding_dim)) + self.label(labels)
+        condition = F.silu(condition)  # [B, 4w]
+        fine = self.enter28(self.stem(x), condition)  # [B, w, 28, 28]
+        medium = [self.down14(fine)]  # [B, 2w, 14, 14]
+        for block in self.enter14:
+            medium.append(block(medium[-1], condition))
+        x = self.down7(medium[-1])  # [B, 4w, 7, 7]
+        for block in self.middle:
+            x = block(x, condition)
+        x = self.up14(x)  # [B, 2w, 14, 14]
+        for block in self.leave14:
+            x = block(torch.cat([x, medium.pop()], 1), condition)
+        x = self.leave28(self.up28(x) + fine, condition)  # [B, w, 28, 28]
+        return self.head(F.silu(self.norm(x))).float()
+
+
+class ResBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, condition: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(GROUPS, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.condition = nn.Linear(condition, 2 * outputs)
+        self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.heads = max(1, channels // HEAD_CHANNELS)
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, _condition: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, HW, C / heads]
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, HW, C]
+        return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def sinusoids(time: Tensor, channels: int) -> Tensor:
+    """Times [B] in 0..1000 -> [B, channels] of cosines and sines (Vaswani et al. 2017, section 3.5)."""
+    frequencies = torch.exp(-math.log(10_000) / (channels // 2) * torch.arange(channels // 2, device=time.device))
+    angles = time[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], 1)
