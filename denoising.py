@@ -51,7 +51,7 @@ def train_ddpm(args: argparse.Namespace) -> None:
         model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     except ValueError as error:
         raise ExpectedError(f"{error}; choose another value") from error
-    model.to(run.device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
+    model.to(run.device)
     if args.compile == "on":
         model.unet.compile()
 

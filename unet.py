@@ -46,6 +46,7 @@ class UNet(nn.Module):
         self.norm, self.head = nn.GroupNorm(GROUPS, w), nn.Conv2d(w, 1, 3, padding=1)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
+        self.to(memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """Images [B, 1, 28, 28], times [B] in 0..1000 and labels [B] -> float32 [B, 1, 28, 28]."""
