@@ -56,8 +56,8 @@ def betas(schedule: str, timesteps: int) -> Tensor:
         ValueError: another schedule.
     """
     if schedule == "linear":
-        ends = torch.tensor([1e-4, 0.02], dtype=torch.float64, device="cpu") * 1000 / timesteps
-        return torch.linspace(ends[0], ends[1], timesteps, dtype=torch.float64, device="cpu").clamp(max=0.999)
+        scale = 1000 / timesteps
+        return torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64, device="cpu").clamp(max=0.999)
     if schedule == "cosine":
         t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64, device="cpu")
         alpha_bar = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from utils import ExpectedError
+
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
@@ -74,6 +76,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+SAMPLERS = ("dpm-solver++", "ddim", "ddpm")  # of diffusion.py, which needs torch
+
 # `--preset reference`: the table of the classic student projects, to compare the defaults against.
 REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "ema": True, "ema_decay": 0.999,
              "early_stop": True, "patience": 10, "warmup_steps": 0}  # fmt: skip
@@ -116,7 +120,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
-        help="auto: bf16 on a GPU that has it, else fp32; bf16 on a CPU pays while nothing else wants its cores",
+        help="auto: bf16 on a GPU that has it, else fp32; bf16 pays on some CPUs, while nothing else wants their cores",
     )
     flag(
         "--compile",
@@ -167,22 +171,38 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
     flag("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no bound")
     flag("--label-dropout", type=fraction, default=0.1, help="share of labels hidden, to learn unconditional sampling")
-    add_sampling_flags(parser)
+    flag("--sampler", choices=SAMPLERS, default="dpm-solver++", help="sampler of the monitor and of the GIF")
+    flag("--steps", type=positive_int, default=10, help="network evaluations of that sampler")
+    flag("--guidance", type=non_negative, default=1.0, help="guidance of those samples: 1 is plain conditional sampling")
     parser.set_defaults(width=32, lr=1e-3, lr_schedule="cosine", warmup_steps=500)
-    parser.set_defaults(sampler="dpm-solver++", steps=10, guidance=1.0)
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How a diffusion model is sampled; what is not typed is None, and left to the model's `sample`."""
+def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
+    """How scripts sample a diffusion model; what is not typed is None, and left to the model's `sample`."""
     flag = parser.add_argument
-    flag("--sampler", choices=("dpm-solver++", "ddim", "ddpm"), default=None, help="sampler of a diffusion model")
-    flag("--steps", type=positive_int, default=None, help="network evaluations of that sampler")
-    flag(
-        "--guidance",
-        type=non_negative,
-        default=None,
-        help="strength of classifier-free guidance: 1 is plain conditional sampling, 0 unconditional",
-    )
+    flag("--sampler", choices=SAMPLERS, default=None,
+         help="sampler of a diffusion model; ddpm: ancestral (default: dpm-solver++)")  # fmt: skip
+    flag("--steps", type=positive_int, default=None,
+         help="network evaluations of that sampler (default: 15; ddpm: every timestep)")  # fmt: skip
+    if guidance:
+        flag("--guidance", type=non_negative, default=None,
+             help="strength of classifier-free guidance: 1 is plain conditional sampling, 0 unconditional; any other value "
+             "takes two evaluations a step (default: 1)")  # fmt: skip
+
+
+def sampling_options(args: argparse.Namespace, generator: Any, path: str) -> dict[str, Any]:
+    """The sampling flags that were typed, as options of the `sample` of a generator read from `path`.
+
+    Raises:
+        ExpectedError: it has no such option, or fewer timesteps than the steps asked for.
+    """
+    names = ("sampler", "steps", "guidance")
+    typed = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
+    if unknown := [f"--{name}" for name in typed if name not in generator.SAMPLE_OPTIONS]:
+        raise ExpectedError(f"{path} holds a {generator.model_name}, which has no {', '.join(unknown)}; leave it out")
+    if "steps" in typed and typed["steps"] > generator.config.timesteps:
+        raise ExpectedError(f"--steps {args.steps} is more than the {generator.config.timesteps} timesteps of {path}")
+    return typed
 
 
 def parse_training_args(

@@ -1,19 +1,22 @@
-"""Draw real digits beside generated ones into one picture."""
+"""Draw real digits, GAN digits and diffusion digits side by side into one picture."""
 
 from __future__ import annotations
 
 import argparse
 
-from flags import ArgumentParser, panel_count, seed_number
-from utils import choose_device, keyed_generator, run_script
+from flags import ArgumentParser, add_sampling_flags, panel_count, sampling_options, seed_number
+from utils import ExpectedError, choose_device, keyed_generator, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--gan-model", default="checkpoints/best_GAN_G.pt", help="checkpoint of the GAN's generator")
+    flag("--diff-model", default="checkpoints/best_DIFF.pt", help="checkpoint of the diffusion model")
     flag("--n", type=panel_count, default=64, help="digits in a panel")
     flag("--out", default="samples/infer_side_by_side.png", help="the picture to write")
+    flag("--denoising-gif", default=None, help="also write a GIF of how the diffusion digits emerge from noise")
+    add_sampling_flags(parser, guidance=False)
     flag("--seed", type=seed_number, default=0, help="seed of the noise and of the choice of real digits")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -32,16 +35,50 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load
     device = choose_device(args.device)
-    generator = load_generator(args.gan_model, device)
+    gan, diffusion = (load_generator(path, device) for path in (args.gan_model, args.diff_model))
+    options = sampling_options(args, diffusion, args.diff_model)
+    if args.denoising_gif and "watch" not in diffusion.SAMPLE_OPTIONS:
+        raise ExpectedError(
+            f"{args.diff_model} holds a {diffusion.model_name}, which does not denoise; leave --denoising-gif out"
+        )
 
     # Real digits and samples, uint8 [n, 1, 28, 28] each
     title, real = real_digits(args)
-    samples = to_uint8(generator.sample(args.n, rng=keyed_generator("cpu", args.seed, "infer")))
+    gan_samples = to_uint8(gan.sample(args.n, rng=noise_source(args)))
+    stages: dict = {}  # of the denoising: noise level -> chunks of noisy images
+    if args.denoising_gif:
+        options["watch"] = lambda x, level: stages.setdefault(level, []).append(to_uint8(x))
+    diffusion_samples = to_uint8(diffusion.sample(args.n, rng=noise_source(args), **options))
 
     # Draw
-    panels = {title: real, f"{generator.model_name} (epoch {generator.meta.get('epoch', '?')})": samples}
+    panels = {title: real, describe(gan): gan_samples, describe(diffusion): diffusion_samples}
     plots.write_side_by_side(args.out, panels)
     print(f"wrote {args.out}")
+    if args.denoising_gif:
+        write_denoising(args.denoising_gif, stages, diffusion_samples)
+        print(f"wrote {args.denoising_gif}")
+
+
+def noise_source(args: argparse.Namespace):
+    """The generator of a panel's noise."""
+    return keyed_generator("cpu", args.seed, "infer")
+
+
+def describe(generator) -> str:
+    """The title of a generator's panel."""
+    return f"{generator.model_name} (epoch {generator.meta.get('epoch', '?')})"
+
+
+def write_denoising(path: str, stages: dict, digits) -> None:
+    """A GIF of the noisy images at each noise level, and of the uint8 `digits` [n, 1, 28, 28] that they end in."""
+    import torch
+
+    import plots
+
+    frames = [(f"t = {level.time}, noise {level.sigma:.2f}", torch.cat(chunks)) for level, chunks in stages.items()]
+    frames.append((f"after {len(stages)} evaluations", digits))
+    pictures = [plots.captioned(plots.image_grid(images), caption) for caption, images in frames]
+    plots.write_gif(path, torch.stack([torch.from_numpy(picture) for picture in pictures]), seconds=4.0)
 
 
 def real_digits(args: argparse.Namespace):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flags import ArgumentParser, panel_count, seed_number
+from flags import ArgumentParser, add_sampling_flags, panel_count, sampling_options, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script
 
 STRIP_COLUMNS = 20  # a longer strip goes on in a second row
@@ -27,6 +27,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--digit", type=digit_choice, nargs="+", default=["all"], help="digits to draw, such as 9, or 3 5 8, or all")
     flag("--samples", type=panel_count, default=10, help="samples of each digit")
     flag("--outdir", default="digit_samples", help="folder for the pictures; those of the same name are replaced")
+    add_sampling_flags(parser)
     flag("--seed", type=seed_number, default=0, help="seed of the noise; a digit looks the same whatever others are drawn")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return parser.parse_args(argv)
@@ -39,9 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     from checkpoint import load_generator
 
     generator = load_generator(args.model, choose_device(args.device))
+    options = sampling_options(args, generator, args.model)
     folder = Path(args.outdir)
     for digit in chosen_digits(args.digit, generator.config.num_classes, args.model):
-        images = draw(generator, digit, args.samples, args.seed)
+        images = draw(generator, digit, args.samples, args.seed, options)
         for number, image in enumerate(images, start=1):
             path = folder / f"digit_{digit}_{number:03d}.png"
             plots.write_png(path, image[0].numpy())
@@ -68,14 +70,14 @@ def chosen_digits(choices: list[str | int], num_classes: int, model: str) -> lis
     return sorted(digits)
 
 
-def draw(generator, digit: int, n: int, seed: int):
+def draw(generator, digit: int, n: int, seed: int, options: dict):
     """uint8 [n, 1, 28, 28] samples of `digit` on the CPU, the same whatever other digits are drawn."""
     import torch
 
     from data import to_uint8
 
     labels = torch.full((n,), digit)
-    return to_uint8(generator.sample(n, labels, keyed_generator("cpu", seed, "inference", digit))).cpu()
+    return to_uint8(generator.sample(n, labels, keyed_generator("cpu", seed, "inference", digit), **options)).cpu()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ where the options are those that the class names in `SAMPLE_OPTIONS`.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +21,12 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 import diffusion
+from classifier import ClassifierConfig, DigitClassifier
+from interface import check_choice, check_int, check_request, evaluating
 from unet import UNet
 
 NORMS = ("batch", "spectral", "none")
-
-
-def _check_int(config: object, name: str, low: int, high: int) -> None:
-    """`ValueError` unless the field is an int in low..high: configs also come from files, which may ask for anything."""
-    value = getattr(config, name)
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{type(config).__name__}.{name} must be an integer in {low}..{high}, not {value!r}")
-
-
-def _check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
-    """`ValueError` unless the field is one of the choices."""
-    value = getattr(config, name)
-    if value not in choices:
-        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {value!r}")
+DEFAULT_STEPS = 15  # of the fast samplers
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -54,9 +42,9 @@ class GeneratorConfig:
     num_classes: int = 0
 
     def __post_init__(self):
-        _check_int(self, "latent_dim", 1, 4096)
-        _check_int(self, "width", 1, 512)
-        _check_int(self, "num_classes", 0, 1000)
+        check_int(self, "latent_dim", 1, 4096)
+        check_int(self, "width", 1, 512)
+        check_int(self, "num_classes", 0, 1000)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +56,9 @@ class DiscriminatorConfig:
     norm: str = "batch"
 
     def __post_init__(self):
-        _check_int(self, "width", 1, 512)
-        _check_int(self, "num_classes", 0, 1000)
-        _check_choice(self, "norm", NORMS)
+        check_int(self, "width", 1, 512)
+        check_int(self, "num_classes", 0, 1000)
+        check_choice(self, "norm", NORMS)
 
 
 class ClassBatchNorm2d(nn.Module):
@@ -145,12 +133,11 @@ class Generator(nn.Module):
         Raises:
             ValueError: `n` < 1, labels for an unconditional model, of a wrong shape, or outside its classes.
         """
-        z = torch.randn(_checked_count(n), self.config.latent_dim, generator=rng)
-        if labels is not None:
-            check_labels(labels, n, self.config.num_classes)
-        elif self.config.num_classes:
+        check_request(n, labels, self.config.num_classes)
+        z = torch.randn(n, self.config.latent_dim, generator=rng)
+        if labels is None and self.config.num_classes:
             labels = torch.randint(self.config.num_classes, (n,), generator=rng)
-        with _evaluating(self) as device:
+        with evaluating(self) as device:
             if labels is None:
                 return torch.cat([self(chunk.to(device)) for chunk in z.split(chunk_size)])
             chunks = zip(z.split(chunk_size), labels.split(chunk_size))
@@ -221,19 +208,19 @@ class DDPMConfig:
     prediction: str = "v"
 
     def __post_init__(self):
-        _check_int(self, "width", 8, 512)
+        check_int(self, "width", 8, 512)
         if self.width % 8:
             raise ValueError(f"DDPMConfig.width must be a multiple of 8, not {self.width}")
-        _check_int(self, "num_classes", 0, 1000)
-        _check_int(self, "timesteps", 2, 100_000)
-        _check_choice(self, "schedule", diffusion.SCHEDULES)
-        _check_choice(self, "prediction", diffusion.PREDICTIONS)
+        check_int(self, "num_classes", 0, 1000)
+        check_int(self, "timesteps", 2, 100_000)
+        check_choice(self, "schedule", diffusion.SCHEDULES)
+        check_choice(self, "prediction", diffusion.PREDICTIONS)
 
 
 class DDPM(nn.Module):
     """A U-Net and its noise schedule. The null class, `num_classes`, stands for "any digit"."""
 
-    SAMPLE_OPTIONS = ("sampler", "steps", "guidance", "eta")
+    SAMPLE_OPTIONS = ("sampler", "steps", "guidance", "eta", "watch")
 
     def __init__(self, config: DDPMConfig):
         super().__init__()
@@ -258,7 +245,8 @@ class DDPM(nn.Module):
         time = diffusion.stratified_times(len(images), self.config.timesteps, rng)  # [B]
         alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
         eps = torch.randn(images.shape, generator=rng, device=images.device)
-        dropped = torch.rand(len(labels), generator=rng, device=images.device) < label_dropout
+        share = label_dropout if self.config.num_classes else 1.0
+        dropped = torch.rand(len(labels), generator=rng, device=images.device) < share  # rand is below 1
         labels = labels.masked_fill(dropped, self.config.num_classes)
         output = self(diffusion.diffuse(images, eps, alpha, sigma), time, labels)
         return F.mse_loss(output, diffusion.target(self.config.prediction, images, eps, alpha, sigma))
@@ -290,6 +278,7 @@ class DDPM(nn.Module):
         guidance: float = 1.0,
         eta: float = 0.0,
         chunk_size: int = 125,
+        watch: Callable[[Tensor, diffusion.Level], None] | None = None,
     ) -> Tensor:
         """Draw `n` images, float32 [n, 1, 28, 28] in [-1, 1], in eval mode.
 
@@ -301,109 +290,51 @@ class DDPM(nn.Module):
             guidance: strength w of classifier-free guidance, see `denoise`.
             eta: of DDIM, in [0, 1]: 0 is deterministic, 1 ancestral.
             chunk_size: images per forward pass; it bounds the memory, and changes the step noise of `ddpm` and eta > 0.
+            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, chunk after chunk: for pictures
+                of the denoising and for progress bars.
 
         Raises:
             ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
         """
-        x = torch.randn(_checked_count(n), 1, 28, 28, generator=rng)
-        step_seed = int(torch.randint(2**62, (), generator=rng))
+        check_request(n, labels, self.config.num_classes)
+        draw, grid = self._sampler(sampler, steps, guidance, eta)
         if labels is None:
             labels, guidance = torch.full((n,), self.config.num_classes), 1.0
-        else:
-            check_labels(labels, n, self.config.num_classes)
-        if sampler not in diffusion.SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(diffusion.SAMPLERS)}, not {sampler!r}")
-        if not 0 <= eta <= (sampler == "ddim"):
-            raise ValueError(f"eta must lie in 0..1, and be 0 for any sampler but ddim; not {eta}")
-        if not 0 <= guidance < math.inf:
-            raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
-        grid = diffusion.time_grid(self.levels, steps or (len(self.levels) if sampler == "ddpm" else 15))
-        options = {"eta": eta} if sampler == "ddim" else {}
+        noise = torch.randn(n, 1, 28, 28, generator=rng)
+        step_seed = int(torch.randint(2**62, (), generator=rng))
 
-        with _evaluating(self) as device:
+        with evaluating(self) as device:
             step_rng = torch.Generator(device).manual_seed(step_seed)
             parts = []
-            for noise, classes in zip(x.split(chunk_size), labels.split(chunk_size)):
+            for x, classes in zip(noise.split(chunk_size), labels.split(chunk_size)):
                 denoise = functools.partial(self.denoise, labels=classes.to(device), guidance=guidance)
-                parts.append(diffusion.SAMPLERS[sampler](denoise, noise.to(device), grid, step_rng, **options))
+                parts.append(draw(_watched(denoise, watch), x.to(device), grid, step_rng))
             return torch.cat(parts)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# The digit classifier behind the metrics
-
-
-@dataclasses.dataclass(frozen=True)
-class ClassifierConfig:
-    """`width`: channels at 28x28, doubled at 14x14 and again at 7x7. `features`: units of the last hidden layer."""
-
-    width: int = 16
-    features: int = 128
-    num_classes: int = 10
-
-    def __post_init__(self):
-        _check_int(self, "width", 1, 256)
-        _check_int(self, "features", 2, 1024)
-        _check_int(self, "num_classes", 2, 1000)
-
-
-class DigitClassifier(nn.Module):
-    """A small VGG-style network: image [B, 1, 28, 28] in [-1, 1] -> class logits [B, num_classes]."""
-
-    def __init__(self, config: ClassifierConfig):
-        super().__init__()
-        self.config = config
-        w = config.width
-        self.stages = nn.Sequential(
-            _conv_norm_relu(1, w), _conv_norm_relu(w, w), nn.MaxPool2d(2),  # [B, w, 14, 14]
-            _conv_norm_relu(w, 2 * w), _conv_norm_relu(2 * w, 2 * w), nn.MaxPool2d(2),  # [B, 2w, 7, 7]
-            _conv_norm_relu(2 * w, 4 * w), _conv_norm_relu(4 * w, 4 * w), nn.MaxPool2d(2),  # [B, 4w, 3, 3]
-        )  # fmt: skip
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(4 * w * 3 * 3, config.features), nn.ReLU())
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(config.features, config.num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Activations of the last hidden layer, [B, features], at least 0: what the metrics compare."""
-        return self.hidden(self.stages(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(x)))
+    def _sampler(
+        self, sampler: str, steps: int | None, guidance: float, eta: float
+    ) -> tuple[Callable, list[diffusion.Level]]:
+        """The sampler and its grid of levels, its options checked."""
+        if sampler not in diffusion.SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(diffusion.SAMPLERS)}, not {sampler!r}")
+        if not 0 <= guidance < math.inf:
+            raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
+        if not 0 <= eta <= (sampler == "ddim"):
+            raise ValueError(f"eta must lie in 0..1, and be 0 for any sampler but ddim; not {eta}")
+        draw = diffusion.SAMPLERS[sampler]
+        if eta:
+            draw = functools.partial(draw, eta=eta)
+        if steps is None:
+            steps = self.config.timesteps if sampler == "ddpm" else min(DEFAULT_STEPS, self.config.timesteps)
+        return draw, diffusion.time_grid(self.levels, steps)
 
 
-def _conv_norm_relu(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+def _watched(denoise: diffusion.Denoise, watch: Callable | None) -> diffusion.Denoise:
+    def watched(x: Tensor, level: diffusion.Level) -> Tensor:
+        watch(x, level)
+        return denoise(x, level)
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Sampling helpers that every generator shares
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Eval mode for a while; gives the model's device."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield next(model.parameters()).device
-    finally:
-        model.train(was_training)
-
-
-def check_labels(labels: Tensor, n: int, num_classes: int) -> None:
-    """`ValueError` unless labels are int64 [n] in 0..num_classes-1, and the model is conditional."""
-    if not num_classes:
-        raise ValueError("labels were given to an unconditional model; leave them out, or load a conditional checkpoint")
-    if labels.shape != (n,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 of shape [{n}], not {labels.dtype} of {list(labels.shape)}")
-    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
-        raise ValueError(f"labels must lie in 0..{num_classes - 1}")
-
-
-def _checked_count(n: int) -> int:
-    if n < 1:
-        raise ValueError(f"at least one image must be asked for, not {n}")
-    return n
+    return watched if watch else denoise
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The U-Net of the diffusion model: noisy image, time and class in, an image-shaped prediction out."""
+"""The U-Net of the diffusion model: a noisy image, its time and class in, an image-shaped prediction out."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-GROUPS = 8  # of every GroupNorm
-HEAD_CHANNELS = 64  # at most, of an attention head
+GROUPS = 8  # of every GroupNorm, so widths are multiples of it
+HEAD_CHANNELS = 64  # of an attention head
 
 
 class UNet(nn.Module):
     """A U-Net over 28x28, 14x14 and 7x7 pixels with `width`, 2 `width` and 4 `width` channels (Ho et al. 2020).
 
-    Most blocks work at 14x14 and 7x7, with self-attention at 7x7. Time and class are embedded, added up, and scale and
-    shift the second normalisation of every block (Dhariwal & Nichol 2021). `labels` run over 0..num_classes, the last
-    one being the null class of an unconditional prediction.
+    Time and class are embedded, added, and act on every residual block. Where convolutions are cheapest, at 7x7, there are
+    most blocks and the self-attention. At 28x28, which costs most by far, there is one block on either side, and the
+    skip connection is added instead of concatenated, which would double the channels.
+
+    Args:
+        width: a multiple of 8.
+        num_classes: labels run over 0..num_classes; the last one is the null class of an unconditional prediction.
     """
 
     def __init__(self, width: int, num_classes: int):
@@ -25,8 +29,7 @@ class UNet(nn.Module):
         w, c = width, 4 * width
         self.time = nn.Sequential(nn.Linear(c, c), nn.SiLU(), nn.Linear(c, c))
         self.label = nn.Embedding(num_classes + 1, c)
-        self.stem = nn.Conv2d(1, w, 3, padding=1)
-        self.enter28 = ResBlock(w, w, c)
+        self.stem, self.enter28 = nn.Conv2d(1, w, 3, padding=1), ResBlock(w, w, c)
         self.down14 = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
         self.enter14 = nn.ModuleList([ResBlock(2 * w, 2 * w, c), ResBlock(2 * w, 2 * w, c)])
         self.down7 = nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1)
@@ -41,22 +44,24 @@ class UNet(nn.Module):
         )
         self.up14 = nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
         self.leave14 = nn.ModuleList([ResBlock(4 * w, 2 * w, c), ResBlock(4 * w, 2 * w, c)])
-        self.up28 = nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1)
-        self.leave28 = ResBlock(w, w, c)
+        self.up28, self.leave28 = nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1), ResBlock(w, w, c)
         self.norm, self.head = nn.GroupNorm(GROUPS, w), nn.Conv2d(w, 1, 3, padding=1)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
         self.to(memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """Images [B, 1, 28, 28], times [B] in 0..1000 and labels [B] -> float32 [B, 1, 28, 28]."""
+        """Images [B, 1, 28, 28], times [B] in 0..1000 and labels int64 [B] -> float32 [B, 1, 28, 28]."""
         condition = self.time(sinusoids(time, self.label.embedding_dim)) + self.label(labels)
         condition = F.silu(condition)  # [B, 4w]
         fine = self.enter28(self.stem(x), condition)  # [B, w, 28, 28]
-        medium = [self.down14(fine)]  # [B, 2w, 14, 14]
+        x = self.down14(fine)  # [B, 2w, 14, 14]
+        medium = []
         for block in self.enter14:
-            medium.append(block(medium[-1], condition))
-        x = self.down7(medium[-1])  # [B, 4w, 7, 7]
+            x = block(x, condition)
+            medium.append(x)
+        x = self.down7(x)  # [B, 4w, 7, 7]
         for block in self.middle:
             x = block(x, condition)
         x = self.up14(x)  # [B, 2w, 14, 14]
@@ -67,6 +72,12 @@ class UNet(nn.Module):
 
 
 class ResBlock(nn.Module):
+    """Two convolutions beside a skip: x [B, inputs, H, W] and a condition [B, condition] -> [B, outputs, H, W].
+
+    The condition scales and shifts the second normalisation (adaptive group normalisation: Dhariwal & Nichol 2021,
+    section 3, eq. 1). The second convolution begins at zero, so that the block begins as its skip.
+    """
+
     def __init__(self, inputs: int, outputs: int, condition: int):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(GROUPS, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
@@ -77,13 +88,15 @@ class ResBlock(nn.Module):
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)  # [B, outputs, 1, 1] each
         h = self.conv1(F.silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         return self.skip(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over pixels beside a skip: x [B, C, H, W] -> the same shape; begins as its skip."""
+
     def __init__(self, channels: int):
         super().__init__()
         self.heads = max(1, channels // HEAD_CHANNELS)

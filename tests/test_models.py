@@ -9,11 +9,17 @@ from models import MODELS, ClassBatchNorm2d, build
 from utils import keyed_generator
 
 SMALL = {"dcgan": {"width": 8}, "cdcgan": {"width": 8, "num_classes": 10}, "classifier": {"width": 4}}
+SMALL["ddpm"] = {"width": 8, "timesteps": 50}
 SMALL |= {f"{name}_discriminator": SMALL[name] for name in ("dcgan", "cdcgan")}
 
 
 def small(name: str, **config):
-    return build(name, **{**SMALL[name], **config})
+    """A small network; layers that begin at zero are given weights, so that everything has an effect."""
+    network = build(name, **{**SMALL[name], **config})
+    for parameter in network.parameters():
+        if name == "ddpm" and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return network
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,7 +56,7 @@ def test_unknown_names_are_refused():
         build("dcgan_discriminator", norm="layer")
 
 
-@pytest.mark.parametrize("name", ["dcgan", "cdcgan"])
+@pytest.mark.parametrize("name", ["dcgan", "cdcgan", "ddpm"])
 class TestSampling:
     def test_the_seed_decides(self, name):
         network = small(name)
@@ -70,8 +76,8 @@ class TestSampling:
         assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
     def test_unknown_options_are_refused_by_name(self, name):
-        with pytest.raises(TypeError, match="steps"):
-            small(name).sample(4, steps=10)
+        with pytest.raises(TypeError, match="temperature"):
+            small(name).sample(4, temperature=0.5)
         with pytest.raises(ValueError, match="at least one"):
             small(name).sample(0)
 
@@ -79,10 +85,12 @@ class TestSampling:
 def test_labels_are_checked():
     with pytest.raises(ValueError, match="unconditional"):
         small("dcgan").sample(2, labels=torch.tensor([1, 2]))
-    conditional = small("cdcgan")
-    for bad in (torch.tensor([1]), torch.tensor([1.0, 2.0]), torch.tensor([1, 10]), torch.tensor([-1, 0])):
-        with pytest.raises(ValueError, match="labels must"):
-            conditional.sample(2, labels=bad)
+    with pytest.raises(ValueError, match="unconditional"):
+        small("ddpm", num_classes=0).sample(2, labels=torch.tensor([1, 2]))
+    for conditional in (small("cdcgan"), small("ddpm")):
+        for bad in (torch.tensor([1]), torch.tensor([1.0, 2.0]), torch.tensor([1, 10]), torch.tensor([-1, 0])):
+            with pytest.raises(ValueError, match="labels must"):
+                conditional.sample(2, labels=bad)
 
 
 def test_labels_change_the_image_once_the_classes_differ():

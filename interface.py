@@ -1,0 +1,48 @@
+"""What every model shares: bounds of its config's fields, and the checks of the one sampling interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def check_int(config: object, name: str, low: int, high: int) -> None:
+    """`ValueError` unless the field is an int in low..high: configs also come from files, which may ask for anything."""
+    value = getattr(config, name)
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{type(config).__name__}.{name} must be an integer in {low}..{high}, not {value!r}")
+
+
+def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
+    """`ValueError` unless the field is one of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Eval mode for a while; gives the model's device."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield next(model.parameters()).device
+    finally:
+        model.train(was_training)
+
+
+def check_request(n: int, labels: Tensor | None, num_classes: int) -> None:
+    """`ValueError` unless n >= 1, and labels are None or, for a conditional model, int64 [n] in 0..num_classes-1."""
+    if n < 1:
+        raise ValueError(f"at least one image must be asked for, not {n}")
+    if labels is None:
+        return
+    if not num_classes:
+        raise ValueError("labels were given to an unconditional model; leave them out, or load a conditional checkpoint")
+    if labels.shape != (n,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64 of shape [{n}], not {labels.dtype} of {list(labels.shape)}")
+    if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
+        raise ValueError(f"labels must lie in 0..{num_classes - 1}")

@@ -1,0 +1,294 @@
+"""The diffusion model: its U-Net, its loss, its options of sampling, and its training step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_models import small
+
+import diffusion
+from denoising import DiffusionStep
+from models import build
+from training import TrainState
+from unet import UNet, sinusoids
+from utils import keyed_generator
+
+DETERMINISTIC = ["dpm-solver++", "ddim"]
+
+
+def draw(network, n: int = 4, labels=None, seed: int = 0, **options) -> torch.Tensor:
+    labels = None if labels is None else torch.tensor(labels)
+    return network.sample(n, labels, keyed_generator("cpu", seed), **{"steps": 5, **options})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# U-Net
+
+
+@pytest.mark.parametrize("width", [8, 16, 24])
+def test_the_unet_goes_down_to_7x7_and_back(width):
+    network, shapes = small("ddpm", width=width).unet, []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3):
+            module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    x = torch.randn(3, 1, 28, 28)
+    output = network(x, torch.tensor([0.0, 500.0, 999.0]), torch.tensor([0, 5, 10]))
+    assert output.shape == x.shape and output.dtype == torch.float32
+    assert {(width, 28, 28), (2 * width, 14, 14), (4 * width, 7, 7)} == set(shapes) - {(1, 28, 28)}
+
+
+def test_every_pixel_sees_every_pixel_the_time_and_the_class():
+    network = small("ddpm").unet
+    x = torch.randn(1, 1, 28, 28, requires_grad=True)
+    output = network(x, torch.tensor([300.0]), torch.tensor([3]))
+    for row, column in ((0, 0), (13, 20), (27, 27)):
+        (gradient,) = torch.autograd.grad(output[0, 0, row, column], x, retain_graph=True)
+        assert (gradient != 0).all()
+    for other in (
+        network(x, torch.tensor([301.0]), torch.tensor([3])),
+        network(x, torch.tensor([300.0]), torch.tensor([4])),
+    ):
+        assert ((other - output) != 0).float().mean() > 0.95
+
+
+def test_a_fresh_unet_predicts_zero_through_identities():
+    """What begins at zero: the head, and every block's last layer."""
+    network = build("ddpm", width=8).unet
+    assert not network(torch.randn(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, dtype=torch.int64)).any()
+    for block in network.middle:
+        x = torch.randn(2, 32, 7, 7)
+        assert torch.equal(block(x, torch.randn(2, 32)), x)
+
+
+def test_images_do_not_mix_within_a_batch():
+    network, x = small("ddpm").unet, torch.randn(4, 1, 28, 28)
+    time, labels = torch.tensor([5.0, 100.0, 500.0, 900.0]), torch.tensor([1, 2, 3, 10])
+    whole = network(x, time, labels)
+    alone = torch.cat([network(x[i : i + 1], time[i : i + 1], labels[i : i + 1]) for i in range(4)])
+    assert torch.allclose(whole, alone, atol=1e-5)
+
+
+def test_times_have_distinct_embeddings():
+    embedded = sinusoids(torch.arange(1000), 32)
+    assert embedded.shape == (1000, 32) and embedded.abs().max() <= 1
+    assert torch.cdist(embedded, embedded).add(torch.eye(1000) * 9).min() > 0.05
+
+
+def test_the_width_is_a_multiple_of_the_groups():
+    with pytest.raises(ValueError, match="multiple of 8"):
+        build("ddpm", width=12)
+    with pytest.raises(ValueError, match="schedule must be one of"):
+        build("ddpm", schedule="sigmoid")
+    with pytest.raises(ValueError, match="prediction must be one of"):
+        build("ddpm", prediction=["v"])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Loss
+
+
+class Oracle(torch.nn.Module):
+    """Knows the clean images, so it can give the perfect prediction; and remembers the labels that it is shown."""
+
+    def __init__(self, network, images):
+        super().__init__()
+        self.network, self.images, self.labels = network, images, None
+
+    def forward(self, x, time, labels):
+        self.labels, config = labels, self.network.config
+        time = (time * config.timesteps / 1000).round().long()
+        alpha, sigma = (values[time][:, None, None, None] for values in (self.network.alpha, self.network.sigma))
+        eps = (x - alpha * self.images) / sigma
+        return diffusion.target(config.prediction, self.images, eps, alpha, sigma)
+
+
+@pytest.mark.parametrize("timesteps", [50, 1000])
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_the_loss_of_a_perfect_prediction_is_zero_and_of_none_is_one(prediction, schedule, timesteps):
+    network = build("ddpm", width=8, prediction=prediction, schedule=schedule, timesteps=timesteps)
+    images, labels = torch.randn(64, 1, 28, 28), torch.arange(64) % 10  # of variance 1, as the noise
+    rng = torch.Generator().manual_seed(0)
+    assert float(network.loss(images, labels, rng, 0.1)) == pytest.approx(1, abs=0.03)  # it predicts zero
+    network.unet = Oracle(network, images)
+    assert float(network.loss(images, labels, rng, 0.1)) < 1e-4
+
+
+def test_the_share_of_hidden_labels():
+    images, labels = torch.zeros(5000, 1, 28, 28), torch.arange(5000) % 10
+    network = build("ddpm", width=8)
+    network.unet = Oracle(network, images)
+    for share in (0.0, 0.1, 0.5):
+        network.loss(images, labels, torch.Generator().manual_seed(0), share)
+        hidden = network.unet.labels == 10
+        assert hidden.float().mean() == pytest.approx(share, abs=0.02)
+        assert torch.equal(network.unet.labels[~hidden], labels[~hidden])
+    unconditional = build("ddpm", width=8, num_classes=0)
+    unconditional.unet = Oracle(unconditional, images)
+    unconditional.loss(images, labels, torch.Generator().manual_seed(0), 0.1)
+    assert not unconditional.unet.labels.any()  # its only class is the null class
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@pytest.mark.parametrize("sampler", [*DETERMINISTIC, "ddpm"])
+@pytest.mark.parametrize("labels", [None, [0, 3, 3, 9]])
+def test_one_seed_gives_one_picture(sampler, labels):
+    network = small("ddpm")
+    first, again, other = (draw(network, 4, labels, seed, sampler=sampler) for seed in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.min() >= -1 and first.max() <= 1 and first.std() > 0.1
+
+
+@pytest.mark.parametrize("options", [{"sampler": "dpm-solver++"}, {"sampler": "ddim"}, {"guidance": 2.0}])
+def test_chunks_give_the_same_picture_within_a_grey_level(options):
+    network = small("ddpm")
+    whole, parts = (draw(network, 7, list(range(7)), chunk_size=size, **options) for size in (7, 3))
+    assert (whole - parts).abs().max() < 1 / 127.5
+
+
+def test_no_labels_means_the_null_class():
+    network, seen = small("ddpm"), []
+    network.unet.label.register_forward_hook(lambda module, inputs, output: seen.extend(inputs[0].tolist()))
+    free = draw(network)
+    assert set(seen) == {10} and len(seen) == 4 * 5  # one evaluation a step, also with guidance
+    assert torch.equal(free, draw(network, guidance=3.0)) and len(seen) == 2 * 4 * 5
+    assert torch.equal(free, draw(network, labels=[0, 1, 2, 3], guidance=0.0))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 4.0])
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_guidance_goes_along_the_line_through_both_noise_estimates(guidance, prediction):
+    """eps = u + w (c - u), in terms of the noise whatever the network predicts."""
+    network = small("ddpm", prediction=prediction).eval()
+    level, x, labels = network.levels[10], torch.randn(4, 1, 28, 28), torch.arange(4)
+
+    def noise(labels, guidance=1.0):
+        with torch.no_grad():  # x0 is small enough here not to be clipped
+            return (x - level.alpha * network.denoise(x * 0.01, level, labels, guidance)) / level.sigma
+
+    free, asked = noise(torch.full((4,), 10)), noise(labels)
+    assert not torch.allclose(free, asked, atol=1e-4)
+    assert torch.allclose(noise(labels, guidance), free + guidance * (asked - free), atol=1e-4)
+
+
+def test_guidance_0_and_1_cost_one_evaluation():
+    network, sizes = small("ddpm"), []
+    network.unet.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    for guidance, evaluations in ((0.0, 1), (1.0, 1), (1.5, 2)):
+        sizes.clear()
+        draw(network, 4, [1, 2, 3, 4], guidance=guidance)
+        assert sizes == [4 * evaluations] * 5
+
+
+@pytest.mark.parametrize("sampler", DETERMINISTIC)
+def test_a_batch_may_mix_digits(sampler):
+    """Each image is what it would be if all of the batch had its label."""
+    network = small("ddpm")
+    mixed = draw(network, 4, [7, 0, 7, 2], sampler=sampler)
+    for digit, rows in ((7, [0, 2]), (0, [1]), (2, [3])):
+        same = draw(network, 4, [digit] * 4, sampler=sampler)
+        assert torch.allclose(mixed[rows], same[rows], atol=1e-4)
+        assert not torch.allclose(mixed[3 - rows[0]], same[3 - rows[0]], atol=1e-4)
+
+
+@pytest.mark.parametrize(("options", "steps"), [({}, 15), ({"sampler": "ddpm"}, 50), ({"steps": 3, "sampler": "ddpm"}, 3)])
+def test_the_number_of_evaluations(options, steps):
+    seen = []
+    small("ddpm").sample(2, **options, watch=lambda x, level: seen.append(level.time))
+    assert len(seen) == steps and seen == sorted(seen, reverse=True) and seen[0] == 49
+    seen.clear()
+    small("ddpm", timesteps=10).sample(2, watch=lambda x, level: seen.append(level.time))
+    assert seen == list(range(9, -1, -1))  # there are no 15
+
+
+def test_watching_sees_the_noise_that_the_sampler_starts_from():
+    seen = []
+    samples = draw(small("ddpm"), watch=lambda x, level: seen.append((x, level)))
+    start, level = seen[0]
+    assert torch.equal(start, torch.randn(4, 1, 28, 28, generator=keyed_generator("cpu", 0)))
+    assert level.sigma > 0.999 and torch.equal(samples, draw(small_again(), watch=None))
+
+
+def small_again():
+    torch.manual_seed(0)
+    return small("ddpm")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sampler": "euler"}, "sampler"), ({"steps": 0}, "steps"), ({"steps": 51}, "steps"), ({"eta": 0.5}, "eta"),
+        ({"guidance": -1.0}, "guidance"), ({"guidance": math.nan}, "guidance"), ({"guidance": math.inf}, "guidance"),
+        ({"eta": 1.5, "sampler": "ddim"}, "eta"), ({"eta": math.nan, "sampler": "ddim"}, "eta"),
+    ],
+)  # fmt: skip
+def test_options_out_of_bounds_are_refused(options, named):
+    with pytest.raises(ValueError, match=named):
+        draw(small("ddpm"), **options)
+
+
+def test_eta_makes_ddim_random():
+    network = small("ddpm")
+    plain, some, full = (draw(network, sampler="ddim", eta=eta) for eta in (0.0, 0.5, 1.0))
+    assert not torch.equal(plain, some) and not torch.equal(some, full)
+    assert torch.allclose(full, draw(network, sampler="ddpm"), atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The training step
+
+
+def make_step(network, grad_clip: float = 1.0, precision: str = "fp32", lr: float = 1e-3) -> DiffusionStep:
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    return DiffusionStep(network, optimizer, TrainState(), 0, precision, grad_clip, label_dropout=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_moves_every_weight(precision):
+    network = small("ddpm", width=16)  # at 8, a group has one channel, and a bias before it has no effect
+    before = {key: value.clone() for key, value in network.named_parameters()}
+    step = make_step(network, precision=precision)
+    loss = step(torch.rand(64, 1, 28, 28) * 2 - 1, torch.arange(64) % 10)["loss"]
+    assert loss.isfinite() and not loss.requires_grad
+    assert all(not torch.equal(before[key], value) for key, value in network.named_parameters())
+
+
+def test_the_gradient_is_clipped_to_its_norm():
+    images, labels = torch.randn(16, 1, 28, 28) * 50, torch.arange(16) % 10
+    for clip in (1e-2, 0.0):
+        network = small_again()
+        before = [parameter.detach().clone() for parameter in network.parameters()]
+        make_step(network, clip, lr=1.0)(images, labels)
+        moved = math.sqrt(sum(float((a - b).square().sum()) for a, b in zip(before, network.parameters())))
+        assert moved == pytest.approx(clip, rel=1e-3) if clip else moved > 1
+
+
+def test_the_step_number_decides_times_and_noise():
+    images, labels = torch.rand(16, 1, 28, 28), torch.arange(16) % 10
+    step = make_step(small("ddpm"), lr=1e-12)
+    first, again = step(images, labels)["loss"], step(images, labels)["loss"]
+    step.state.step = 1
+    assert torch.equal(first, again) and not torch.equal(first, step(images, labels)["loss"])
+
+
+def test_it_learns_a_picture():
+    """A few steps on one picture: the samples move from noise to that picture."""
+    network = build("ddpm", width=8, timesteps=100)
+    picture = torch.full((1, 28, 28), -1.0)
+    picture[:, 8:20, 12:16] = 1.0
+    images, labels = picture.expand(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    step = DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1)
+    for i in range(150):
+        step.state.step = i
+        step(images, labels)
+    assert (draw(network, 4) - picture).abs().mean() < 0.1
+
+
+def test_the_null_class_is_the_last_one():
+    assert UNet(8, 10).label.num_embeddings == 11 and UNet(8, 0).label.num_embeddings == 1

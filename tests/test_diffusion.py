@@ -1,0 +1,236 @@
+"""Schedules, forward process and samplers: against Hugging Face diffusers, and against a case with a known solution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+
+import diffusion
+from diffusion import CLEAN, Level
+
+THEIR_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
+BOTH = pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
+EITHER = pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+
+
+def theirs(scheduler, schedule: str, prediction: str = "eps", **options):
+    return scheduler(num_train_timesteps=1000, beta_schedule=THEIR_NAME[schedule], beta_start=1e-4, beta_end=0.02,
+                     prediction_type=PREDICTION[prediction], **options)  # fmt: skip
+
+
+def network(x: torch.Tensor, time: int) -> torch.Tensor:
+    """Something smooth in place of a trained network."""
+    return torch.sin(2 * x + time / 300)
+
+
+def denoiser(prediction: str, low: float = -math.inf, high: float = math.inf):
+    def denoise(x, level):
+        output = network(x, level.time)
+        return diffusion.clean_estimate(prediction, output, x, level.alpha, level.sigma).clamp(low, high)
+
+    return denoise
+
+
+def run_theirs(scheduler, x: torch.Tensor, steps: int, seed: int = 0, **options) -> torch.Tensor:
+    scheduler.set_timesteps(steps)
+    rng = torch.Generator().manual_seed(seed)
+    for time in scheduler.timesteps:
+        x = scheduler.step(network(x, int(time)), time, x, generator=rng, **options).prev_sample
+    return x
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Schedules and the forward process
+
+
+@BOTH
+def test_schedules_are_the_ones_that_others_use(schedule):
+    expected = theirs(DDPMScheduler, schedule)
+    betas = diffusion.betas(schedule, 1000)
+    assert betas.dtype == torch.float64 and torch.allclose(betas.float(), expected.betas, atol=1e-6)
+    levels = diffusion.noise_levels(schedule, 1000)
+    assert [level.time for level in levels] == list(range(1000))
+    alpha_bar = torch.tensor([level.alpha**2 for level in levels], dtype=torch.float32)
+    assert torch.allclose(alpha_bar, expected.alphas_cumprod, atol=1e-5)
+    assert all(level.alpha**2 + level.sigma**2 == pytest.approx(1, abs=1e-12) for level in levels)
+    assert levels[-1].sigma > 0.9999 and levels[0].sigma < 0.011
+
+
+@BOTH
+@pytest.mark.parametrize("timesteps", [2, 10, 100, 4000])
+def test_schedules_of_any_length_end_in_noise(schedule, timesteps):
+    betas = diffusion.betas(schedule, timesteps)
+    assert betas.shape == (timesteps,) and betas.min() > 0 and betas.max() < 1
+    sigmas = [level.sigma for level in diffusion.noise_levels(schedule, timesteps)]
+    assert sigmas == sorted(sigmas) and (sigmas[-1] > 0.999 or timesteps < 10)
+
+
+def test_an_unknown_schedule_is_refused():
+    with pytest.raises(ValueError, match="linear, cosine"):
+        diffusion.betas("sigmoid", 1000)
+
+
+@BOTH
+def test_the_forward_process_and_the_targets_agree(schedule):
+    expected = theirs(DDPMScheduler, schedule)
+    x0, eps, time = torch.rand(5, 1, 4, 4) * 2 - 1, torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 500, 998, 999])
+    levels = [diffusion.noise_levels(schedule, 1000)[t] for t in time.tolist()]
+    alpha, sigma = (torch.tensor([[[[value]]] for value in values]) for values in zip(*[level[1:] for level in levels]))
+    x = diffusion.diffuse(x0, eps, alpha, sigma)
+    assert torch.allclose(x, expected.add_noise(x0, eps, time), atol=1e-5)
+    assert torch.allclose(diffusion.target("v", x0, eps, alpha, sigma), expected.get_velocity(x0, eps, time), atol=1e-5)
+    assert torch.equal(diffusion.target("eps", x0, eps, alpha, sigma), eps)
+
+
+@EITHER
+def test_the_clean_estimate_inverts_the_target(prediction):
+    x0, eps, (_, alpha, sigma) = (
+        torch.randn(50).double(),
+        torch.randn(50).double(),
+        diffusion.noise_levels("cosine", 1000)[700],
+    )
+    output = diffusion.target(prediction, x0, eps, alpha, sigma)
+    x = diffusion.diffuse(x0, eps, alpha, sigma)
+    assert torch.allclose(diffusion.clean_estimate(prediction, output, x, alpha, sigma), x0)
+
+
+def test_times_are_spread_evenly():
+    rng = torch.Generator().manual_seed(0)
+    assert sorted(diffusion.stratified_times(1000, 1000, rng).tolist()) == list(range(1000))
+    few = torch.stack([diffusion.stratified_times(10, 1000, rng) for _ in range(2000)])
+    assert all(sorted(row) == list(range(10)) for row in (few // 100).tolist())  # one in each tenth
+    counts = (few[:, 0] // 100).bincount(minlength=10)  # and each of them anywhere
+    assert counts.min() > 140 and counts.max() < 260
+    assert diffusion.stratified_times(1, 2, rng).shape == (1,)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samplers against diffusers, step after step on its grids
+
+
+@pytest.mark.parametrize("steps", [1, 7, 10, 15, 100, 1000])
+def test_the_grid_is_the_trailing_one(steps):
+    levels = diffusion.noise_levels("cosine", 1000)
+    grid = diffusion.time_grid(levels, steps)
+    scheduler = theirs(DDIMScheduler, "cosine", timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    assert [level.time for level in grid[:-1]] == scheduler.timesteps.tolist()
+    assert grid[0] is levels[-1] and grid[-1] is CLEAN
+
+
+@pytest.mark.parametrize("steps", [0, -1, 11])
+def test_impossible_grids_are_refused(steps):
+    with pytest.raises(ValueError, match=r"1\.\.10"):
+        diffusion.time_grid(diffusion.noise_levels("cosine", 10), steps)
+
+
+@BOTH
+@EITHER
+@pytest.mark.parametrize("time", [0, 1, 17, 500, 998, 999])
+def test_an_ancestral_step_has_their_mean_and_variance(schedule, prediction, time):
+    scheduler = theirs(DDPMScheduler, schedule, prediction, clip_sample=True, variance_type="fixed_small")
+    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)  # in float32, 1 - alpha_bar has few digits left
+    levels = diffusion.noise_levels(schedule, 1000)
+    now, then = levels[time], levels[time - 1] if time else CLEAN
+    x = torch.randn(4, 1, 7, 7)
+    _, variance = diffusion.posterior(x, x, now, then)
+    # They keep the last variance away from zero, and do not use it either
+    assert variance == pytest.approx(float(scheduler._get_variance(time)), abs=1e-5)
+    ours = diffusion.ddpm(denoiser(prediction, -1, 1), x, [now, then], torch.Generator().manual_seed(1))
+    rng = torch.Generator().manual_seed(1)
+    assert torch.allclose(ours, scheduler.step(network(x, time), time, x, generator=rng).prev_sample, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@EITHER
+def test_ddim_agrees(steps, eta, prediction):
+    scheduler = theirs(DDIMScheduler, "linear", prediction, clip_sample=False, timestep_spacing="trailing")
+    x, grid = torch.randn(4, 1, 7, 7), diffusion.time_grid(diffusion.noise_levels("linear", 1000), steps)
+    expected = run_theirs(scheduler, x, steps, eta=eta)
+    ours = diffusion.ddim(denoiser(prediction), x, grid, torch.Generator().manual_seed(0), eta=eta)
+    scale = expected.abs().max()  # this network's predictions are far from those of a trained one
+    assert torch.allclose(ours / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 10, 20])
+@BOTH
+def test_dpm_solver_agrees(steps, schedule):
+    scheduler = theirs(DPMSolverMultistepScheduler, schedule, "v", algorithm_type="dpmsolver++", solver_order=2,
+                       timestep_spacing="trailing", final_sigmas_type="zero")  # fmt: skip
+    x, grid = torch.randn(4, 1, 7, 7), diffusion.time_grid(diffusion.noise_levels(schedule, 1000), steps)
+    ours = diffusion.dpm_solver(denoiser("v"), x, grid)
+    assert torch.allclose(ours, run_theirs(scheduler, x, steps), atol=1e-5)
+
+
+def test_ddim_with_eta_1_is_ancestral_sampling():
+    x, grid = torch.randn(4, 1, 7, 7).double(), diffusion.time_grid(diffusion.noise_levels("cosine", 1000), 40)
+    ddim = diffusion.ddim(denoiser("v", -1, 1), x, grid, torch.Generator().manual_seed(3), eta=1.0)
+    ddpm = diffusion.ddpm(denoiser("v", -1, 1), x, grid, torch.Generator().manual_seed(3))
+    assert torch.allclose(ddim, ddpm, atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A Gaussian as data: the best denoiser, the exact flow and the exact distribution are known in closed form
+
+MEAN, DEVIATION = 0.3, 0.5
+
+
+def spread(level) -> float:
+    """The deviation of x at a noise level."""
+    return math.hypot(level.alpha * DEVIATION, level.sigma)
+
+
+def best_denoiser(x: torch.Tensor, level) -> torch.Tensor:
+    """E[x0 | x], by conditioning the joint Gaussian."""
+    return MEAN + level.alpha * (DEVIATION / spread(level)) ** 2 * (x - level.alpha * MEAN)
+
+
+def flow_error(sampler: str, grid: list[Level]) -> float:
+    """Largest distance to the exact solution of the probability flow (Song et al. 2021): x keeps its standard score."""
+    x, (start, *_, end) = torch.linspace(-2, 2, 9).double(), grid
+    exact = end.alpha * MEAN + spread(end) / spread(start) * (x - start.alpha * MEAN)
+    return float((diffusion.SAMPLERS[sampler](best_denoiser, x, grid, torch.Generator()) - exact).abs().max())
+
+
+def orders(errors: list[float]) -> list[float]:
+    """Of convergence, given the errors at 1, 2, 4, ... times as many steps."""
+    return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
+
+
+def log_snr_grid(steps: int) -> list[Level]:
+    """Levels at equal steps of lambda from -3 to 3: the h in which the orders are stated."""
+    lambdas = [-3 + 6 * i / steps for i in range(steps + 1)]
+    return [Level(i, 1 / math.sqrt(1 + math.exp(-2 * x)), 1 / math.sqrt(1 + math.exp(2 * x))) for i, x in enumerate(lambdas)]
+
+
+@pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpm-solver++", 2)])
+def test_deterministic_samplers_converge_at_their_order(sampler, order):
+    errors = [flow_error(sampler, log_snr_grid(steps)) for steps in (40, 80, 160, 320)]
+    assert orders(errors) == pytest.approx([order] * 3, abs=0.15)
+    assert errors[-1] < (0.01 if order == 1 else 1e-4)
+
+
+def test_on_their_own_grid_the_second_order_pays_at_once():
+    levels = diffusion.noise_levels("cosine", 1000)
+    ddim, solver = ([flow_error(name, diffusion.time_grid(levels, steps)) for steps in (10, 20, 50, 100, 1000)]
+                    for name in ("ddim", "dpm-solver++"))  # fmt: skip
+    assert all(b < a / 2 for a, b in zip(ddim, solver))
+    assert solver[1] < 0.01 and ddim[-1] < 0.01
+
+
+def test_ancestral_sampling_converges_to_the_distribution():
+    """Its deviation is wrong by about 1 / steps."""
+    levels, errors = diffusion.noise_levels("cosine", 10_000), []
+    for steps in (25, 50, 100, 200):
+        x = torch.randn(200_000, generator=torch.Generator().manual_seed(steps)).double()
+        found = diffusion.ddpm(best_denoiser, x, diffusion.time_grid(levels, steps), torch.Generator().manual_seed(0))
+        assert float(found.mean()) == pytest.approx(MEAN, abs=0.01)
+        errors.append(DEVIATION - float(found.std()))
+    assert errors[-1] < 0.015
+    assert orders(errors) == pytest.approx([1] * 3, abs=0.25)
