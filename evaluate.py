@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from flags import ArgumentParser, positive_int, sample_count, seed_number
+from flags import ArgumentParser, add_sampling_flags, positive_int, sample_count, sampling_options, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script, write_csv
 
 MIN_SAMPLES = 200  # of ten digits, each of which needs more than the five neighbours of precision and recall
-SHIPPED = ["checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt"]
+SHIPPED = ["checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt", "checkpoints/best_DIFF.pt"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -20,6 +22,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--n", type=sample_count, default=10_000, help="samples for each seed; also the size of the floor's subsets")
     flag("--seeds", type=positive_int, default=3, help="sampling seeds: figures are given as their mean and deviation")
     flag("--seed", type=seed_number, default=0, help="the first of the seeds")
+    add_sampling_flags(parser)
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     flag("--out-dir", default=None, help="folder for metrics.csv and metrics_by_digit.csv (default: reports; runs/reports "
@@ -27,7 +30,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.n < MIN_SAMPLES:
         parser.error(f"--n {args.n} leaves too few samples of a digit; give at least {MIN_SAMPLES}")
-    protocol = ("models", "n", "seeds", "seed")
+    protocol = ("models", "n", "seeds", "seed", "sampler", "steps", "guidance")
     default = all(getattr(args, name) == parser.get_default(name) for name in protocol)
     args.out_dir = Path(args.out_dir or ("reports" if default else "runs/reports"))
     return args
@@ -43,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     # Load: the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
     generators = {path: load_generator(path, device) for path in args.models}
+    options = {path: sampling_options(args, generators[path], path) for path in diffusion_models(args, generators)}
     data_dir = args.data_dir or data.default_data_dir()
     train = data.load_digits("mnist", "train", data_dir, device)
     test = data.load_digits("mnist", "test", data_dir, device)
@@ -59,16 +63,52 @@ def main(argv: list[str] | None = None) -> None:
     table.add("real training digits", scores)
     table.add("real test digits", [(reference.own_figures(), [])])
 
-    # The models, with several seeds; a conditional one is asked for the test set's own labels
+    # The models, with several seeds; where digits can be asked for, it is the test set's own labels
     for path, generator in generators.items():
-        scores = []
-        for seed in range(args.seed, args.seed + args.seeds):
-            labels = proportional_labels(test, args.n, seed) if generator.config.num_classes else None
-            samples = generator.sample(args.n, labels, keyed_generator("cpu", seed, "evaluate"))
-            scores.append(reference.score(data.to_uint8(samples), seed, labels))
-        table.add(generator.model_name, scores, path)
+        for name, by_digit in ways_to_sample(generator).items():
+            scores = []
+            for seed in range(args.seed, args.seed + args.seeds):
+                labels = proportional_labels(test, args.n, seed) if by_digit else None
+                rng = keyed_generator("cpu", seed, "evaluate")
+                with count_evaluations(generator) as evaluated:
+                    samples = generator.sample(args.n, labels, rng, **options.get(path, {}))
+                figures, digits = reference.score(data.to_uint8(samples), seed, labels)
+                scores.append(({"evaluations": sum(evaluated) / args.n, **figures}, digits))
+            table.add(name, scores, path)
 
     table.write(args.out_dir)
+
+
+def diffusion_models(args: argparse.Namespace, generators: dict) -> list[str]:
+    """The paths of the models that have options of sampling.
+
+    Raises:
+        ExpectedError: there are none, and an option was typed.
+    """
+    found = [path for path, generator in generators.items() if generator.SAMPLE_OPTIONS]
+    for path, generator in generators.items():
+        if not found:
+            sampling_options(args, generator, path)
+    return found
+
+
+def ways_to_sample(generator) -> dict[str, bool]:
+    """The rows of a generator: name -> whether digits are asked for. A diffusion model has both, in one network."""
+    name = generator.model_name
+    if "guidance" in generator.SAMPLE_OPTIONS and generator.config.num_classes:
+        return {name: False, f"{name}, by digit": True}
+    return {name: generator.config.num_classes > 0}
+
+
+@contextlib.contextmanager
+def count_evaluations(generator) -> Iterator[list[int]]:
+    """The sizes of the batches that go through the network meanwhile."""
+    sizes: list[int] = []
+    hook = generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 class Table:

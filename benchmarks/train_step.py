@@ -11,14 +11,13 @@ both precisions. Reported are images/s (median of the repeats) and the ratio to 
 from __future__ import annotations
 
 import itertools
-import statistics
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from timing import add_timing_flags, measure, report
 from torch import nn
 
 import data
@@ -40,9 +39,7 @@ def main() -> None:
         default="hinge",
         help="loss of our step, and both loops' discriminator norm with it (the plain loop's loss is BCE)",
     )
-    flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")  # fmt: skip
-    flag("--steps", type=flags.positive_int, default=10, help="steps in a repeat")
-    flag("--repeats", type=flags.positive_int, default=5, help="timed repeats of each loop, after one to warm up")
+    add_timing_flags(flag, flags.positive_int)
     flag("--workers", type=flags.natural, default=0, help="loader processes of the plain loop")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -63,27 +60,7 @@ def main() -> None:
     }
     rates |= measure(args, loops)
 
-    print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, width {args.width}, {args.loss}, "
-          f"batch {args.batch_size}, {args.repeats} x {args.steps} steps")  # fmt: skip
-    base = statistics.median(next(iter(rates.values())))
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:42s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})   x {median / base:.2f}")
-
-
-def measure(args, loops: dict) -> dict[str, list[float]]:
-    """Images/s of each loop in each repeat, the loops in turn, after one repeat to warm up."""
-    rates = {name: [] for name in loops}
-    for repeat in range(args.repeats + 1):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            for _ in range(args.steps):
-                next(loop)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
-    return rates
+    report(args, device, rates, f"width {args.width}, {args.loss}")
 
 
 def networks(args, device) -> tuple[nn.Module, nn.Module]:

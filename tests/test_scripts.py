@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import runpy
 
 import numpy as np
 import pytest
 from conftest import ROOT, error_line, run_process
 
-from checkpoint import load_generator
+from checkpoint import load_generator, save_model
+from models import build
 
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
 
@@ -17,6 +19,12 @@ SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
 def read_csv(path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def tiny_ddpm(folder, **config):
+    """The file of an untrained diffusion model."""
+    save_model(folder / "tiny.pt", "ddpm", build("ddpm", width=8, **{"timesteps": 50, **config}), {})
+    return folder / "tiny.pt"
 
 
 def test_train_gan_dry_run_writes_every_file(run, tmp_path):
@@ -50,6 +58,25 @@ def test_train_cgan_scores_and_draws_by_digit(run, tmp_path):
     assert load_generator(tmp_path / "checkpoints" / "best_CGAN_G.pt").config.num_classes == 10
 
 
+def test_train_diffusion_dry_run_writes_every_file(run, tmp_path):
+    flags = {"width": 8, "timesteps": 40, "schedule": "linear", "prediction": "eps", "grad_clip": 0.5, "label_dropout": 0.2,
+             "sampler": "ddim", "steps": 3, "guidance": 2.0, "warmup_steps": 3}  # fmt: skip
+    typed = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
+    code, out, err = run("train_diffusion.py", "--dry-run", "--dataset", "digits", *typed, "--out-dir", tmp_path)
+    assert code == 0, err
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {
+        "checkpoints/best_DIFF.pt", "checkpoints/last_DIFF.pt",
+        "checkpoints/DIFF_epoch_001.pt", "checkpoints/DIFF_epoch_002.pt",
+        "reports/diffusion_training_log.csv", "samples/diffusion_progress.gif",
+    }  # fmt: skip
+    assert "label accuracy" in out
+    model = load_generator(tmp_path / "checkpoints" / "best_DIFF.pt")
+    assert {name: model.meta["flags"][name] for name in flags} == flags
+    config = {name: getattr(model.config, name) for name in ("width", "timesteps", "schedule", "prediction")}
+    assert config == {name: flags[name] for name in config} and model.config.num_classes == 10
+
+
 @pytest.mark.parametrize("loss", ["hinge", "relativistic"])
 def test_train_gan_dry_run_on_mnist(mnist_dir, run, tmp_path, loss):
     args = ["--dry-run", "--data-dir", mnist_dir, "--width", 8, "--loss", loss, "--lr-schedule", "plateau", "--no-ema"]
@@ -67,23 +94,32 @@ def test_train_classifier_dry_run(mnist_dir, run, tmp_path):
 
 
 def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
-    code, _, err = run("evaluate.py", "--n", 500, "--seeds", 2, "--data-dir", mnist_dir, "--out-dir", tmp_path)
+    models = [SHIPPED, ROOT / "checkpoints" / "best_CGAN_G.pt", tiny_ddpm(tmp_path)]
+    args = ["--n", 500, "--seeds", 2, "--steps", 2, "--guidance", 1.5, "--data-dir", mnist_dir, "--out-dir", tmp_path]
+    code, _, err = run("evaluate.py", "--models", *models, *args)
     assert code == 0, err
-    real, test, gan, cgan = read_csv(tmp_path / "metrics.csv")
-    names = [row["model"] for row in (real, test, gan, cgan)]
-    assert names == ["real training digits", "real test digits", "dcgan", "cdcgan"]
+    rows = real, test, gan, cgan, ddpm, by_digit = read_csv(tmp_path / "metrics.csv")
+    names = [row["model"] for row in rows]
+    assert names == ["real training digits", "real test digits", "dcgan", "cdcgan", "ddpm", "ddpm, by digit"]
+    assert [row["evaluations"] for row in rows] == ["", "", "1", "1", "2", "4"]
     assert float(real["fid"]) < float(gan["fid"]) and float(real["is"]) > float(gan["is"])
     assert float(gan["fid_ratio"]) == pytest.approx(float(gan["fid"]) / float(real["fid"]), rel=1e-4)
     assert all(gan[f"{name}_std"] for name in ("fid", "kid", "recall", "coverage", "nearest_share_close"))
-    assert all(row["label_accuracy"] for row in (real, test, cgan)) and not gan["label_accuracy"]
+    assert all(row["label_accuracy"] for row in (real, test, cgan, by_digit))
+    assert not gan["label_accuracy"] and not ddpm["label_accuracy"]
     by_digit = read_csv(tmp_path / "metrics_by_digit.csv")
     assert [(row["model"], row["digit"]) for row in by_digit] == [
-        (model, str(digit)) for model in ("real training digits", "cdcgan") for digit in range(10)
+        (model, str(digit)) for model in ("real training digits", "cdcgan", "ddpm, by digit") for digit in range(10)
     ]
-    for floor, row in zip(by_digit[:10], by_digit[10:]):
+    for floor, row in zip(by_digit[:10], by_digit[10:20]):
         assert float(row["fid_ratio"]) == pytest.approx(float(row["fid"]) / float(floor["fid"]), rel=1e-4)
-    code, _, err = run("evaluate.py", "--models", tmp_path / "none.pt", "--out-dir", tmp_path)
-    assert code == 1 and "does not exist" in error_line(err)
+    for args, reason in (
+        ([tmp_path / "none.pt"], "does not exist"),
+        ([SHIPPED, "--steps", 20], "dcgan, which has no --steps"),
+        ([models[2], "--steps", 51], "more than the 50 timesteps"),
+    ):
+        code, _, err = run("evaluate.py", "--models", *args, "--out-dir", tmp_path)
+        assert code == 1 and reason in error_line(err)
 
 
 def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):
@@ -99,9 +135,10 @@ def test_the_reference_preset_is_the_table(run, tmp_path):
     flags = load_generator(tmp_path / "checkpoints" / "best_GAN_G.pt").meta["flags"]
     expected = {"batch_size": 128, "lr": 1e-4, "ema_decay": 0.999, "patience": 10, "loss": "bce", "width": 8}
     assert {name: flags[name] for name in expected} == expected
-    for script, epochs in (("train_gan.py", 100), ("train_cgan.py", 80)):
+    for script, epochs in (("train_gan.py", 100), ("train_cgan.py", 80), ("train_diffusion.py", 100)):
         args = runpy.run_path(str(ROOT / script))["parse_args"](["--preset", "reference"])
-        assert args.epochs == epochs and args.width == 64
+        assert (args.epochs, args.width, args.lr, args.warmup_steps) == (epochs, 64, 1e-4, 0)
+    assert (args.timesteps, args.schedule, args.prediction, args.grad_clip) == (1000, "linear", "eps", 1.0)
 
 
 BAD_ARGUMENTS = [
@@ -117,6 +154,14 @@ BAD_ARGUMENTS = [
     ("train_gan.py", ["--eval-samples", "9"], "--eval-samples"),
     ("train_gan.py", ["--seed", "9" * 30], "--seed"),
     ("train_cgan.py", ["--epochs", "0"], "--epochs"),
+    ("train_cgan.py", ["--lr-schedule", "plateau", "--warmup-steps", "5"], "--warmup-steps"),
+    ("train_diffusion.py", ["--timesteps", "5"], "--steps 10 is more than the --timesteps 5"),
+    ("train_diffusion.py", ["--grad-clip", "-1"], "--grad-clip"),
+    ("train_diffusion.py", ["--label-dropout", "1"], "--label-dropout"),
+    ("train_diffusion.py", ["--prediction", "x0"], "--prediction"),
+    ("inference.py", ["--guidance", "-1"], "--guidance"),
+    ("inference.py", ["--sampler", "euler"], "--sampler"),
+    ("infer.py", ["--steps", "0"], "--steps"),
     ("evaluate.py", ["--seeds", "0"], "--seeds"),
     ("infer.py", ["--n", "0"], "--n"),
     ("infer.py", ["--n", "100000"], "--n"),
@@ -143,6 +188,9 @@ def test_failures_exit_with_1_and_overwrite_nothing(run, tmp_path):
         (["--gan-model", truncated], "damaged"),
         (["--gan-model", ROOT / "checkpoints" / "classifier.pt"], "cannot be sampled"),
         (["--gan-model", ROOT / "checkpoints" / "best_GAN_D.pt"], "cannot be sampled"),
+        (["--diff-model", SHIPPED, "--steps", 5], "has no --steps"),
+        (["--diff-model", tiny_ddpm(tmp_path), "--steps", 51], "more than the 50 timesteps"),
+        (["--diff-model", truncated], "damaged"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
     ):
@@ -171,7 +219,7 @@ def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
         assert not list(out.rglob("*.pt"))
 
 
-def test_infer_draws_real_digits_beside_the_shipped_ones(run, tmp_path):
+def test_infer_draws_real_gan_and_diffusion_digits_side_by_side(run, tmp_path):
     import imageio.v3 as imageio
 
     first, second, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
@@ -180,7 +228,23 @@ def test_infer_draws_real_digits_beside_the_shipped_ones(run, tmp_path):
     assert run("infer.py", "--out", other, "--seed", 1)[0] == 0
     assert first.read_bytes() == second.read_bytes() != other.read_bytes()
     picture = np.asarray(imageio.imread(first))
-    assert picture.shape[1] > 1.5 * picture.shape[0] and picture.std() > 20
+    assert picture.shape[1] > 2.5 * picture.shape[0] and picture.std() > 20
+
+
+def test_infer_draws_the_denoising(run, tmp_path):
+    from PIL import Image
+
+    gif = tmp_path / "a.gif"
+    args = ["--diff-model", tiny_ddpm(tmp_path), "--n", 9, "--out", tmp_path / "a.png", "--denoising-gif", gif]
+    code, out, err = run("infer.py", *args, "--sampler", "ddim", "--steps", 4)
+    assert code == 0 and str(gif) in out, err
+    with Image.open(gif) as pictures:
+        assert pictures.n_frames == 5 and pictures.size == (3 * 30 + 2, 3 * 30 + 2 + 18)  # with its caption
+        frames = [np.asarray(pictures.convert("L")).astype(int) for _ in range(5) if pictures.seek(_) is None]
+    assert all(np.abs(a - b).max() > 50 for a, b in itertools.pairwise(frames))
+    args[1] = SHIPPED
+    code, _, err = run("infer.py", *args)
+    assert code == 1 and "does not denoise" in error_line(err)
 
 
 def test_infer_without_mnist_says_so(run, tmp_path):

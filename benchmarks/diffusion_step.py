@@ -1,0 +1,130 @@
+"""How fast is a diffusion training step? Ours against Hugging Face diffusers' UNet2DModel of like size.
+
+Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedding, and parameters and FLOPs that differ by
+2 % (printed). Theirs is trained as their unconditional example does: noise by DDPMScheduler, mean squared error, gradient
+clip, AdamW, EMAModel. Ours: `DiffusionStep` with the fused optimizer and the EMA. Both get the same tensor-resident batches.
+All in one process: first theirs as it comes, then all in turn. Needs requirements-dev.txt.
+
+    python benchmarks/diffusion_step.py
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from timing import add_timing_flags, measure, report
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import flags
+from callbacks import EMA
+from denoising import DiffusionStep
+from models import build
+from training import TrainState
+from utils import autocast, choose_device, run_script
+
+
+def main() -> None:
+    parser = flags.ArgumentParser(__doc__)
+    add_timing_flags(parser.add_argument, flags.positive_int)
+    parser.add_argument("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    args = parser.parse_args()
+    data_dir = args.data_dir or data.default_data_dir()
+
+    # Theirs as it comes: `choose_device` changes the allocator's settings for the whole process
+    rates = {}
+    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
+        digits = data.load_digits("mnist", "train", data_dir)
+        rates |= measure(args, {"diffusers, fp32": their_loop(args, digits, "fp32")})
+    device = choose_device(args.device)
+    digits = data.load_digits("mnist", "train", data_dir, device)
+    loops = {
+        "diffusers, fp32, our allocator settings": their_loop(args, digits, "fp32"),
+        "diffusers, bf16, our allocator settings": their_loop(args, digits, "bf16"),
+        "ours, fp32": our_loop(args, digits, "fp32"),
+        "ours, bf16": our_loop(args, digits, "bf16"),
+    }
+    rates |= measure(args, loops)
+
+    print("ours:     ", size_of(our_network(device).unet, device))
+    print("diffusers:", size_of(their_network(device), device))
+    report(args, device, rates, "EMA, gradient clip and optimizer included")
+
+
+def batches(args, digits):
+    """The same batches for both, epoch after epoch."""
+    for epoch in itertools.count():
+        yield from data.epoch_batches(digits, args.batch_size, 0, epoch)
+
+
+def our_network(device):
+    torch.manual_seed(0)
+    return build("ddpm").to(device)
+
+
+def their_network(device):
+    """A UNet2DModel whose widths give our numbers of parameters and FLOPs."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=28, in_channels=1, out_channels=1, block_out_channels=(24, 40, 112), layers_per_block=1,
+        norm_num_groups=8, attention_head_dim=56, num_class_embeds=11,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+    ).to(device)  # fmt: skip
+
+
+def size_of(network, device) -> str:
+    images, indices = torch.zeros(1, 1, 28, 28, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(network)(images, indices, indices)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    return f"{parameters / 1e6:.3f} million parameters, {counter.get_total_flops() / 1e9:.3f} GFLOP forward"
+
+
+def their_loop(args, digits, precision: str):
+    """The update of diffusers' example of unconditional training; a step each time the iterator is advanced."""
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import EMAModel
+
+    device = digits.images.device
+    network, scheduler = their_network(device), DDPMScheduler(num_train_timesteps=1000)
+    ema = EMAModel(network.parameters(), decay=0.999, use_ema_warmup=True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4)
+    for images, labels in batches(args, digits):
+        noise = torch.randn(images.shape, device=device)
+        time = torch.randint(0, 1000, (len(images),), device=device)
+        noisy = scheduler.add_noise(images, noise, time)
+        with autocast(device, precision):
+            loss = F.mse_loss(network(noisy, time, labels).sample.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(network.parameters())
+        yield
+
+
+def our_loop(args, digits, precision: str):
+    """`DiffusionStep` with its EMA, as train_diffusion.py assembles them; a step each time the iterator is advanced."""
+    network = our_network(digits.images.device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
+    state, ema = TrainState(), EMA(network, 0.999)
+    step = DiffusionStep(network, optimizer, state, 0, precision, grad_clip=1.0, label_dropout=0.1)
+    for images, labels in batches(args, digits):
+        state.count(step(images, labels), len(images))
+        ema.after_step(state)
+        yield
+
+
+if __name__ == "__main__":
+    run_script(main)
