@@ -1,4 +1,4 @@
-"""How long does one wait? Reading MNIST, `--help`, a digit on demand, and scoring a generator: medians of a few repeats.
+"""How long does one wait? Reading MNIST, `--help`, pictures on demand, and scoring a generator: medians of a few repeats.
 
 python benchmarks/latency.py
 """
@@ -46,12 +46,16 @@ def main() -> None:
     help_command = [sys.executable, str(ROOT / "train_gan.py"), "--help"]
     digit_model = str(ROOT / "checkpoints" / "best_CGAN_G.pt")
     digit_command = [sys.executable, str(ROOT / "inference.py"), "--model", digit_model, "--digit", "9", "--outdir"]
+    infer_command = [sys.executable, str(ROOT / "infer.py"), "--data-dir", str(data_dir), "--out"]
 
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, n = {args.n}, {args.repeats} repeats")
     report = {
         "read MNIST's 60,000 training digits": lambda: data.load_digits("mnist", "train", data_dir),
         "train_gan.py --help": lambda: subprocess.run(help_command, check=True, capture_output=True),
         "inference.py --digit 9": lambda: subprocess.run([*digit_command, scratch], check=True, capture_output=True),
+        "infer.py (64 digits of each kind)": lambda: subprocess.run(
+            [*infer_command, f"{scratch}/infer.png"], check=True, capture_output=True, cwd=ROOT
+        ),
         "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
         "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
         "  of that: features": lambda: extractor(images),

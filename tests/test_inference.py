@@ -16,6 +16,7 @@ from evaluation import Extractor
 from models import build
 
 SHIPPED = ROOT / "checkpoints" / "best_CGAN_G.pt"
+DIFFUSION = ROOT / "checkpoints" / "best_DIFF.pt"
 
 
 def pictures(folder) -> dict[str, bytes]:
@@ -57,6 +58,20 @@ def test_a_long_strip_wraps(run, tmp_path):
     assert imageio.imread(tmp_path / "digit_1.png").shape == (3 * 30 + 2, 20 * 30 + 2)
 
 
+def test_a_diffusion_model_draws_digits_through_the_same_interface(run, tmp_path):
+    """Plain conditional sampling is the default; guidance and the sampler change the picture."""
+    for folder, args in (("default", []), ("plain", ["--guidance", 1.0]), ("guided", ["--guidance", 2.0]),
+                         ("ddim", ["--sampler", "ddim", "--steps", 15])):  # fmt: skip
+        code, _, err = run("inference.py", "--model", DIFFUSION, "--digit", 9, *args, "--outdir", tmp_path / folder)
+        assert code == 0, err
+    default, plain, guided, ddim = (pictures(tmp_path / name) for name in ("default", "plain", "guided", "ddim"))
+    assert len(default) == 11 and default == plain
+    assert all(default[name] != guided[name] and default[name] != ddim[name] for name in default)
+    images = torch.stack([torch.from_numpy(imageio.imread(path)) for path in sorted(tmp_path.glob("*/digit_9_*.png"))])
+    _, probabilities = Extractor()(images[:, None])
+    assert len(images) == 40 and metrics.label_accuracy(probabilities, torch.full((40,), 9)) >= 0.9
+
+
 def test_what_cannot_be_drawn_is_said_in_a_line(run, tmp_path):
     few = save(tmp_path / "few.pt", "cdcgan", num_classes=5)
     for args, reason in (
@@ -64,6 +79,8 @@ def test_what_cannot_be_drawn_is_said_in_a_line(run, tmp_path):
         (["--model", few, "--digit", 4, 5], "no digit 5"),
         (["--model", ROOT / "checkpoints" / "best_CGAN_D.pt"], "cannot be sampled"),
         (["--model", tmp_path / "none.pt"], "does not exist"),
+        (["--model", SHIPPED, "--guidance", 2], "cdcgan, which has no --guidance"),
+        (["--model", DIFFUSION, "--steps", 1001], "more than the 1000 timesteps"),
         (["--device", "toaster"], "toaster"),
     ):
         code, out, err = run("inference.py", *args, "--outdir", tmp_path / "out")

@@ -35,6 +35,7 @@ def read_csv(name: str) -> list[dict[str, str]]:
 def test_sizes():
     limits = {"classifier.pt": 1e6}
     limits |= {f"best_{prefix}_{part}.pt": 4e6 for prefix in ("GAN", "CGAN") for part in "GD"}
+    limits["best_DIFF.pt"] = 16e6
     for name, limit in limits.items():
         assert (CHECKPOINTS / name).stat().st_size < limit, name
     assert file_sha256(CHECKPOINTS / "classifier.pt") == evaluation.CLASSIFIER_SHA256
@@ -139,27 +140,35 @@ def test_the_score_moves_with_the_damage(extractor, test_digits):
     assert blurred > 3 * noisy[0]
 
 
-@pytest.mark.parametrize("prefix", ["GAN", "CGAN"])
-def test_the_log_and_the_checkpoint_agree(prefix):
-    rows = read_csv(f"{prefix.lower()}_training_log.csv")
+# The trainings by their title: the files that each has shipped, the generator first
+EXPORTS = {
+    "gan": ["best_GAN_G.pt", "best_GAN_D.pt"],
+    "cgan": ["best_CGAN_G.pt", "best_CGAN_D.pt"],
+    "diffusion": ["best_DIFF.pt"],
+}
+
+
+@pytest.mark.parametrize("title", EXPORTS)
+def test_the_log_and_the_checkpoint_agree(title):
+    rows = read_csv(f"{title}_training_log.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
     best = min((row for row in rows if row["fid"]), key=lambda row: float(row["fid"]))
-    for name in (f"best_{prefix}_G.pt", f"best_{prefix}_D.pt"):
+    for name in EXPORTS[title]:
         meta = load_model(CHECKPOINTS / name).meta
         assert meta["epoch"] == int(best["epoch"])
         assert f"{meta['metrics']['fid']:.6g}" == best["fid"]
         assert meta["flags"]["limit"] == 0 and meta["flags"]["dataset"] == "mnist"
 
 
-@pytest.mark.parametrize("prefix", ["GAN", "CGAN"])
-def test_the_shipped_generator_scores_what_its_log_says(extractor, mnist_dir, prefix):
+@pytest.mark.parametrize("title", EXPORTS)
+def test_the_shipped_generator_scores_what_its_log_says(extractor, mnist_dir, title):
     """Half precision and another machine move the figure by less than a few per cent."""
-    generator = load_generator(CHECKPOINTS / f"best_{prefix}_G.pt")
+    generator = load_generator(CHECKPOINTS / EXPORTS[title][0])
     flags, figures = generator.meta["flags"], generator.meta["metrics"]
     train = data.load_digits("mnist", "train", mnist_dir)
-    scorer = evaluation.training_scorer(
-        train, extractor, flags["eval_samples"], flags["seed"], generator.config.num_classes > 0
-    )
+    conditional = generator.config.num_classes > 0
+    options = {name: flags[name] for name in generator.SAMPLE_OPTIONS if name in flags}
+    scorer = evaluation.training_scorer(train, extractor, flags["eval_samples"], flags["seed"], conditional, options)
     scores = scorer(generator)
     assert scores["fid"] == pytest.approx(figures["fid"], rel=0.05)
     assert scores["is"] == pytest.approx(figures["is"], abs=0.05)
@@ -173,5 +182,6 @@ def test_the_readme_states_the_measured_figures():
             assert not row[name] or f"{float(row[name]):.3f}" in readme, (row["model"], name)
         if row["label_accuracy"]:
             assert f"{100 * float(row['label_accuracy']):.2f} %" in readme, row["model"]
-    for name in ("samples/infer_side_by_side.png", "samples/gan_progress.gif", "samples/cgan_progress.gif"):
+    pictures = [f"samples/{title}_progress.gif" for title in EXPORTS]
+    for name in [*pictures, "samples/infer_side_by_side.png", "samples/diffusion_denoising.gif"]:
         assert name in readme and (ROOT / name).stat().st_size > 10_000
