@@ -1,7 +1,7 @@
 """What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, checkpoints, GIF, CSV.
 
-Their order in the list is the contract: EMA, FIDMonitor, EarlyStopping and ReduceLROnPlateau (which read the row that
-the monitor filled), then the writers.
+Their order in the list is the contract: EMA, then what only samples and can be repeated (ProgressGIF's frames, FIDMonitor),
+EarlyStopping and ReduceLROnPlateau (which read the row that the monitor filled), then the writers.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -175,42 +176,52 @@ class ProgressGIF(Callback):
     """One frame an epoch: the same noise through the network as it learns, the first frame before any training.
 
     A frame is a square of `columns`, or as many rows of them as `labels` [N], the classes to draw, fill. `options` are
-    those of the model's `sample`.
+    those of the model's `sample`. Frames are drawn beside the monitor, and written once the log has their FID.
     """
 
     def __init__(
         self,
         path: Path,
         model: nn.Module,
+        signals: StopSignals,
         seed: int,
         columns: int,
         labels: Tensor | None = None,
         options: dict | None = None,
     ):
-        self.path, self.model, self.seed, self.columns, self.labels = path, model, seed, columns, labels
-        self.options = options or {}
+        self.path, self.model, self.signals, self.seed, self.columns = path, model, signals, seed, columns
+        self.labels, self.options = labels, options or {}
         self.n = columns**2 if labels is None else len(labels)
         self.frames: list[Tensor] = []
 
     def on_start(self, state: TrainState) -> None:
         if not self.frames:
-            self._draw("before training")
+            self._draw(0)
 
     def after_epoch(self, state: TrainState) -> None:
-        fid = f"   FID {state.row['fid']:.2f}" if "fid" in state.row else ""
-        self._draw(f"epoch {state.epoch + 1}{fid}")
-        plots.write_gif(self.path, torch.stack(self.frames))
+        self._draw(state.epoch + 1)
 
-    def _draw(self, caption: str) -> None:
-        rng = keyed_generator("cpu", self.seed, "progress")
-        images = to_uint8(self.model.sample(self.n, self.labels, rng, **self.options))
-        self.frames.append(torch.from_numpy(plots.captioned(plots.image_grid(images, self.columns), caption)))
+    def at_rest(self, state: TrainState) -> None:
+        if state.batch == 0 and state.log:
+            captions = ["before training"] + [f"epoch {row['epoch']}{_fid(row)}" for row in state.log]
+            pictures = [plots.captioned(frame.numpy(), caption) for frame, caption in zip(self.frames, captions)]
+            plots.write_gif(self.path, torch.from_numpy(np.stack(pictures)))
+
+    def _draw(self, number: int) -> None:
+        with self.signals.at_once():  # a resumed run draws the frame again, in the same place
+            rng = keyed_generator("cpu", self.seed, "progress")
+            images = to_uint8(self.model.sample(self.n, self.labels, rng, **self.options))
+        self.frames[number:] = [torch.from_numpy(plots.image_grid(images, self.columns))]
 
     def state_dict(self) -> dict:
-        return {"frames": torch.stack(self.frames)}
+        return {"frames": torch.stack(self.frames)} if self.frames else {}
 
     def load_state_dict(self, saved: dict) -> None:
-        self.frames = list(saved["frames"])
+        self.frames = list(saved.get("frames", []))
+
+
+def _fid(row: dict[str, float]) -> str:
+    return f"   FID {row['fid']:.2f}" if "fid" in row else ""
 
 
 class CSVLogger(Callback):

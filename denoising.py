@@ -12,6 +12,8 @@ from models import DDPM, build
 from training import TrainState
 from utils import ExpectedError, autocast, keyed_generator
 
+DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
+
 
 class DiffusionStep:
     """One update of the U-Net (Ho et al. 2020, algorithm 1), with times and noise keyed by the step.
@@ -46,16 +48,22 @@ class DiffusionStep:
 
 def train_ddpm(args: argparse.Namespace) -> None:
     """Train the diffusion model: the whole of train_diffusion.py but its flags."""
+    if args.dry_run and not args.resume:
+        args.steps = min(args.steps, DRY_RUN_STEPS)
     run = Experiment(args, "DIFF", "diffusion", slow_sampling=True)
     try:
         model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     except ValueError as error:
         raise ExpectedError(f"{error}; choose another value") from error
     model.to(run.device)
+    if not args.label_dropout:
+        print("--label-dropout 0: what this model samples without a label, or with guidance, will mean nothing")
     if args.compile == "on":
         model.unet.compile()
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
-    step = DiffusionStep(model, optimizer, run.state, args.seed, run.precision, args.grad_clip, args.label_dropout)
+    step = DiffusionStep(
+        model, optimizer, run.state, args.seed, run.precision, grad_clip=args.grad_clip, label_dropout=args.label_dropout
+    )
     sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     run.train(step, model, {"model": model}, {"lr": optimizer}, {"": ("ddpm", model)}, sampling)

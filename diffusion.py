@@ -1,8 +1,8 @@
 """The mathematics of diffusion: noise schedules, the forward process, training targets, and samplers, without a network.
 
-An image x0 is blurred into x_t = alpha_t x0 + sigma_t eps with eps ~ N(0, I) and alpha_t^2 + sigma_t^2 = 1, at the times
-t = 0, ..., T - 1, the last of which is almost pure noise. In Ho et al. 2020, alpha_t^2 is the cumulative product of
-1 - beta. A sampler sees a network only as `denoise(x, level)`, its estimate of x0; so the same few lines serve either
+An image x0 is mixed with noise into x_t = alpha_t x0 + sigma_t eps with eps ~ N(0, I) and alpha_t^2 + sigma_t^2 = 1, at
+the times t = 0, ..., T - 1, the last of which is almost pure noise. In Ho et al. 2020, alpha_t^2 is the cumulative product
+of 1 - beta. A sampler sees a network only as `denoise(x, level)`, its estimate of x0; so the same few lines serve either
 prediction, guidance, and the closed-form denoisers of the tests.
 
     Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239
@@ -38,7 +38,7 @@ class Level(NamedTuple):
     sigma: float
 
     @property
-    def log_snr(self) -> float:
+    def half_log_snr(self) -> float:
         """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite for a clean image."""
         return math.log(self.alpha / self.sigma) if self.sigma else math.inf
 
@@ -94,13 +94,20 @@ def diffuse(x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | floa
     return alpha * x0 + sigma * eps
 
 
+def _check_prediction(prediction: str) -> None:
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {', '.join(PREDICTIONS)}, not {prediction!r}")
+
+
 def target(prediction: str, x0: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
     """What the network is to predict: the noise (Ho et al. 2020, eq. 14), or v (Salimans & Ho 2022, section 4)."""
+    _check_prediction(prediction)
     return eps if prediction == "eps" else alpha * eps - sigma * x0
 
 
 def clean_estimate(prediction: str, output: Tensor, x: Tensor, alpha: float, sigma: float) -> Tensor:
     """The estimate of x0 that a network's `output` at x implies: `target` solved for x0."""
+    _check_prediction(prediction)
     return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
 
 
@@ -143,7 +150,10 @@ def ddpm(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator) -
 
 
 def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, eta: float = 0.0) -> Tensor:
-    """Song et al. 2021, eq. 12: deterministic for eta = 0, ancestral sampling for eta = 1. First order."""
+    """Song et al. 2021, eq. 12: deterministic for eta = 0, ancestral sampling for eta = 1. First order.
+
+    The noise is that which the estimate of x0 implies, also where `denoise` has clipped it to the range of images.
+    """
     for now, then in itertools.pairwise(grid):
         x0 = denoise(x, now)
         eps = (x - now.alpha * x0) / now.sigma
@@ -155,15 +165,18 @@ def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, e
 
 
 def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator | None = None) -> Tensor:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: deterministic, second order; its first and last steps are DDIM's."""
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: deterministic, second order.
+
+    Its first step is DDIM's; so is one that ends at the clean image, where the extrapolation has no meaning.
+    """
     previous, previous_step = None, 0.0
     for now, then in itertools.pairwise(grid):
         x0 = denoise(x, now)
-        step = then.log_snr - now.log_snr  # h, infinite when `then` is clean
+        step = then.half_log_snr - now.half_log_snr  # h, infinite when `then` is clean
         estimate = x0
-        if previous is not None and then is not CLEAN:
+        if previous is not None and then.sigma:
             estimate = x0 + step / (2 * previous_step) * (x0 - previous)  # extrapolated to the middle of the step
-        x = then.sigma / now.sigma * x - then.alpha * math.expm1(-step) * estimate  # eq. 9 with D_i
+        x = then.sigma / now.sigma * x - then.alpha * math.expm1(-step) * estimate
         previous, previous_step = x0, step
     return x
 

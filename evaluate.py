@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from flags import ArgumentParser, add_sampling_flags, positive_int, sample_count, sampling_options, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script, write_csv
@@ -46,14 +47,14 @@ def main(argv: list[str] | None = None) -> None:
     # Load: the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
     generators = {path: load_generator(path, device) for path in args.models}
-    options = {path: sampling_options(args, generators[path], path) for path in diffusion_models(args, generators)}
+    jobs = plan(args, generators)
     data_dir = args.data_dir or data.default_data_dir()
     train = data.load_digits("mnist", "train", data_dir, device)
     test = data.load_digits("mnist", "test", data_dir, device)
     if args.n > len(test):
         raise ExpectedError(f"--n {args.n} is more than the {len(test)} test digits; the figures would lose their floor")
     reference = TestSet(test, train, Extractor(device))
-    table = Table(args.n)
+    table = Table(args.n, args.seed)
 
     # Real digits: the floor (random training digits, scored like samples), and what the test digits reach themselves
     scores = []
@@ -64,49 +65,77 @@ def main(argv: list[str] | None = None) -> None:
     table.add("real test digits", [(reference.own_figures(), [])])
 
     # The models, with several seeds; where digits can be asked for, it is the test set's own labels
-    for path, generator in generators.items():
-        for name, by_digit in ways_to_sample(generator).items():
+    evaluations = args.n * args.seeds * sum(job.evaluations for job in jobs)
+    with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None) as bar:
+        for job in jobs:
             scores = []
             for seed in range(args.seed, args.seed + args.seeds):
-                labels = proportional_labels(test, args.n, seed) if by_digit else None
-                rng = keyed_generator("cpu", seed, "evaluate")
-                with count_evaluations(generator) as evaluated:
-                    samples = generator.sample(args.n, labels, rng, **options.get(path, {}))
+                labels = proportional_labels(test, args.n, seed) if job.by_digit else None
+                samples, evaluated = draw(job, args.n, labels, keyed_generator("cpu", seed, "evaluate"), bar)
                 figures, digits = reference.score(data.to_uint8(samples), seed, labels)
-                scores.append(({"evaluations": sum(evaluated) / args.n, **figures}, digits))
-            table.add(name, scores, path)
+                scores.append(({"evaluations": evaluated / args.n, **figures}, digits))
+            bar.clear()
+            table.add(job.name, scores, job.sampling, job.path)
 
     table.write(args.out_dir)
 
 
-def diffusion_models(args: argparse.Namespace, generators: dict) -> list[str]:
-    """The paths of the models that have options of sampling.
+class Job(NamedTuple):
+    """A row to score: a generator, asked for digits or not, with its options of sampling."""
+
+    name: str
+    path: str
+    generator: Any
+    by_digit: bool
+    options: dict[str, Any]
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The options in full, as far as they matter here; none for a GAN."""
+        if not self.generator.SAMPLE_OPTIONS:
+            return {}
+        options = self.generator.sample_options(**self.options)
+        names = ("sampler", "steps", "guidance") if self.by_digit else ("sampler", "steps")
+        return {name: options[name] for name in names}
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per image."""
+        guided = self.sampling.get("guidance", 1) not in (0, 1)
+        return self.sampling.get("steps", 1) * (2 if guided else 1)
+
+
+def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
+    """What to score: a diffusion model in both ways, drawing any digit and drawing those that are asked for.
 
     Raises:
-        ExpectedError: there are none, and an option was typed.
+        ExpectedError: a model of other classes than digits, or an option of sampling that it (or every model) refuses.
     """
-    found = [path for path, generator in generators.items() if generator.SAMPLE_OPTIONS]
+    jobs = []
+    refusing = not any(generator.SAMPLE_OPTIONS for generator in generators.values())
     for path, generator in generators.items():
-        if not found:
-            sampling_options(args, generator, path)
-    return found
+        name, classes = generator.model_name, generator.config.num_classes
+        if classes not in (0, 10):
+            raise ExpectedError(f"{path} has {classes} classes, and the test set 10; leave it out")
+        options = sampling_options(args, generator, path) if generator.SAMPLE_OPTIONS or refusing else {}
+        if generator.SAMPLE_OPTIONS and classes:
+            jobs.append(Job(name, path, generator, False, options))
+            name += ", by digit"
+        jobs.append(Job(name, path, generator, classes > 0, options))
+    return jobs
 
 
-def ways_to_sample(generator) -> dict[str, bool]:
-    """The rows of a generator: name -> whether digits are asked for. A diffusion model has both, in one network."""
-    name = generator.model_name
-    if "guidance" in generator.SAMPLE_OPTIONS and generator.config.num_classes:
-        return {name: False, f"{name}, by digit": True}
-    return {name: generator.config.num_classes > 0}
-
-
-@contextlib.contextmanager
-def count_evaluations(generator) -> Iterator[list[int]]:
-    """The sizes of the batches that go through the network meanwhile."""
+def draw(job: Job, n: int, labels, rng, bar: tqdm):
+    """Samples [n, 1, 28, 28] and the number of network evaluations that they took, which move the bar."""
     sizes: list[int] = []
-    hook = generator.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+
+    def count(module, inputs, output) -> None:
+        sizes.append(len(output))
+        bar.update(len(output))
+
+    hook = job.generator.register_forward_hook(count)
     try:
-        yield sizes
+        return job.generator.sample(n, labels, rng, **job.options), sum(sizes)
     finally:
         hook.remove()
 
@@ -114,16 +143,18 @@ def count_evaluations(generator) -> Iterator[list[int]]:
 class Table:
     """The rows of metrics.csv and metrics_by_digit.csv. The row that is added first is the floor of the later ratios."""
 
-    def __init__(self, n: int):
-        self.protocol = {"n": n, "extractor": "mnist", "reference": "mnist test"}
+    def __init__(self, n: int, seed: int):
+        self.protocol = {"n": n, "extractor": "mnist", "reference": "mnist test", "first_seed": seed}
         self.rows: list[dict] = []
         self.digit_rows: list[dict] = []
 
-    def add(self, model: str, scores: list[tuple[dict, list[dict]]], checkpoint: str = "") -> None:
+    def add(
+        self, model: str, scores: list[tuple[dict, list[dict]]], sampling: dict | None = None, checkpoint: str = ""
+    ) -> None:
         """Add and print a model, given what `TestSet.score` returned for each repetition."""
         figures, by_digit = zip(*scores)
         floor = self.rows[0] if self.rows else None
-        head = {"model": model, **self.protocol, "repeats": len(scores)}
+        head = {"model": model, **self.protocol, "repeats": len(scores), **(sampling or {})}
         self.rows.append({**head, **with_ratio(summarise(figures), floor), "checkpoint": checkpoint})
         show(self.rows[-1])
         digit_floors = self.digit_rows[:10]

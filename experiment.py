@@ -114,15 +114,14 @@ class Experiment:
             f"{self.prefix}_{suffix}".rstrip("_"): (name, sampled if network is model else network)
             for suffix, (name, network) in exports.items()
         }
-        # The order is the contract: EMA, then monitor, early stopping and learning rate, then the writers.
+        gif = self.path("samples", "progress.gif")
+        # The order is the contract: EMA, then what samples, then early stopping and learning rate, then the writers.
         hooks = {
             "ema": ema,
+            "gif": callbacks.ProgressGIF(gif, sampled, signals, args.seed, GIF_COLUMNS, shown, sample_options),
             "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
             "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
             "lr_schedule": self._lr_schedule(list(optimizers.values())),
-            "gif": callbacks.ProgressGIF(
-                self.path("samples", "progress.gif"), sampled, args.seed, GIF_COLUMNS, shown, sample_options
-            ),
             "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), optimizers),
             "bar": ProgressBar(args.epochs * self.batches_per_epoch * args.batch_size, args.epochs),
             "checkpoints": callbacks.CheckpointWriter(

@@ -40,6 +40,11 @@ def positive_float(text: str) -> float:
     return _number(text, float, lambda value: 0 < value < math.inf, "a number above 0")
 
 
+def guidance_weight(text: str) -> float:
+    """argparse type: a strength of guidance, as models.py bounds it."""
+    return _number(text, float, lambda value: 0 <= value <= 100, "a number in 0..100")
+
+
 def non_negative(text: str) -> float:
     """argparse type: a finite number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
@@ -99,7 +104,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         default="constant",
         help="plateau: halve when the FID has not improved for half of --patience; cosine: to zero over --epochs",
     )
-    flag("--warmup-steps", type=natural, default=0, help="steps over which the learning rate rises from zero; 0: none")
+    flag("--warmup-steps", type=natural, default=0,
+         help="steps over which the learning rate rises from zero; 0: none, as with --lr-schedule plateau")  # fmt: skip
     flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
     flag("--ema-decay", type=fraction, default=0.999, help="decay of that average in a step")
     flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
@@ -135,7 +141,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
     flag("--seed", type=seed_number, default=0, help="seed of weights, order, noise and scoring")
-    flag("--width", type=positive_int, default=64, help="channels of the networks, in their own unit")
+    flag(
+        "--width",
+        type=positive_int,
+        default=64,
+        help="channels of the networks, in their own unit; a multiple of 8 for diffusion",
+    )
     flag(
         "--out-dir",
         default=None,
@@ -175,10 +186,17 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--schedule", choices=("linear", "cosine"), default="cosine", help="how the noise grows with time")
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
     flag("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no bound")
-    flag("--label-dropout", type=fraction, default=0.1, help="share of labels hidden, to learn unconditional sampling")
+    flag(
+        "--label-dropout",
+        type=fraction,
+        default=0.1,
+        help="share of labels hidden, to learn unconditional sampling; 0: it is not learnt",
+    )
     flag("--sampler", choices=SAMPLERS, default="dpm-solver++", help="sampler of the monitor and of the GIF")
-    flag("--steps", type=positive_int, default=10, help="network evaluations of that sampler")
-    flag("--guidance", type=non_negative, default=1.0, help="guidance of those samples: 1 is plain conditional sampling")
+    flag("--steps", type=positive_int, default=None,
+         help="network evaluations of that sampler (default: 10, or all of fewer timesteps)")  # fmt: skip
+    flag("--guidance", type=guidance_weight, default=1.0,
+         help="guidance of those samples: 1 is plain conditional sampling; beyond it they cost twice as much")  # fmt: skip
     parser.set_defaults(width=32, lr=1e-3, lr_schedule="cosine", warmup_steps=500)
 
 
@@ -190,23 +208,26 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 15; ddpm: every timestep)")  # fmt: skip
     if guidance:
-        flag("--guidance", type=non_negative, default=None,
-             help="strength of classifier-free guidance: 1 is plain conditional sampling, 0 unconditional; any other value "
-             "takes two evaluations a step (default: 1)")  # fmt: skip
+        flag("--guidance", type=guidance_weight, default=None,
+             help="strength of classifier-free guidance: 1 is plain conditional sampling; others take two evaluations a "
+             "step (default: 1)")  # fmt: skip
 
 
 def sampling_options(args: argparse.Namespace, generator: Any, path: str) -> dict[str, Any]:
     """The sampling flags that were typed, as options of the `sample` of a generator read from `path`.
 
     Raises:
-        ExpectedError: it has no such option, or fewer timesteps than the steps asked for.
+        ExpectedError: it has no such option, or refuses its value.
     """
     names = ("sampler", "steps", "guidance")
     typed = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
     if unknown := [f"--{name}" for name in typed if name not in generator.SAMPLE_OPTIONS]:
         raise ExpectedError(f"{path} holds a {generator.model_name}, which has no {', '.join(unknown)}; leave it out")
-    if "steps" in typed and typed["steps"] > generator.config.timesteps:
-        raise ExpectedError(f"--steps {args.steps} is more than the {generator.config.timesteps} timesteps of {path}")
+    if typed:
+        try:
+            generator.sample_options(**typed)
+        except ValueError as error:
+            raise ExpectedError(f"{path} cannot be sampled in this way: {error}") from error
     return typed
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from flags import ArgumentParser, add_sampling_flags, panel_count, sampling_options, seed_number
 from utils import ExpectedError, choose_device, keyed_generator, run_script
@@ -45,17 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     # Real digits and samples, uint8 [n, 1, 28, 28] each
     title, real = real_digits(args)
     gan_samples = to_uint8(gan.sample(args.n, rng=noise_source(args)))
-    stages: dict = {}  # of the denoising: noise level -> chunks of noisy images
+    denoising = None
     if args.denoising_gif:
-        options["watch"] = lambda x, level: stages.setdefault(level, []).append(to_uint8(x))
+        options["watch"] = denoising = Denoising(diffusion.config.timesteps)
     diffusion_samples = to_uint8(diffusion.sample(args.n, rng=noise_source(args), **options))
 
     # Draw
-    panels = {title: real, describe(gan): gan_samples, describe(diffusion): diffusion_samples}
+    panels = [(title, real), (describe(gan, args.gan_model), gan_samples),
+              (describe(diffusion, args.diff_model), diffusion_samples)]  # fmt: skip
     plots.write_side_by_side(args.out, panels)
     print(f"wrote {args.out}")
-    if args.denoising_gif:
-        write_denoising(args.denoising_gif, stages, diffusion_samples)
+    if denoising:
+        denoising.write(args.denoising_gif, diffusion_samples)
         print(f"wrote {args.denoising_gif}")
 
 
@@ -64,21 +66,37 @@ def noise_source(args: argparse.Namespace):
     return keyed_generator("cpu", args.seed, "infer")
 
 
-def describe(generator) -> str:
+def describe(generator, path: str) -> str:
     """The title of a generator's panel."""
-    return f"{generator.model_name} (epoch {generator.meta.get('epoch', '?')})"
+    return f"{generator.model_name}: {Path(path).stem}, epoch {generator.meta.get('epoch', '?')}"
 
 
-def write_denoising(path: str, stages: dict, digits) -> None:
-    """A GIF of the noisy images at each noise level, and of the uint8 `digits` [n, 1, 28, 28] that they end in."""
-    import torch
+class Denoising:
+    """Remembers up to 30 evenly spaced stages of a sampling, as the `watch` of `sample`, and draws them."""
 
-    import plots
+    STAGES = 30
 
-    frames = [(f"t = {level.time}, noise {level.sigma:.2f}", torch.cat(chunks)) for level, chunks in stages.items()]
-    frames.append((f"after {len(stages)} evaluations", digits))
-    pictures = [plots.captioned(plots.image_grid(images), caption) for caption, images in frames]
-    plots.write_gif(path, torch.stack([torch.from_numpy(picture) for picture in pictures]), seconds=4.0)
+    def __init__(self, timesteps: int):
+        self.times_of_a_stage = timesteps / self.STAGES
+        self.kept: dict[int, tuple] = {}  # stage -> its first level, and the chunks of noisy images there
+
+    def __call__(self, x, level) -> None:
+        from data import to_uint8
+
+        first, chunks = self.kept.setdefault(int(level.time / self.times_of_a_stage), (level, []))
+        if level == first:
+            chunks.append(to_uint8(x))
+
+    def write(self, path: str, digits) -> None:
+        """Write the GIF of those stages and of the uint8 `digits` [n, 1, 28, 28] that they end in."""
+        import torch
+
+        import plots
+
+        frames = [(f"t = {level.time}, noise {level.sigma:.2f}", torch.cat(chunks)) for level, chunks in self.kept.values()]
+        frames.append(("digits", digits))
+        pictures = [plots.captioned(plots.image_grid(images), caption) for caption, images in frames]
+        plots.write_gif(path, torch.stack([torch.from_numpy(picture) for picture in pictures]), seconds=4.0)
 
 
 def real_digits(args: argparse.Namespace):

@@ -30,7 +30,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_sampling_flags(parser)
     flag("--seed", type=seed_number, default=0, help="seed of the noise; a digit looks the same whatever others are drawn")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.guidance == 0:
+        parser.error("--guidance 0 would not look at the digit; leave it out, or use infer.py")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -61,8 +64,8 @@ def chosen_digits(choices: list[str | int], num_classes: int, model: str) -> lis
     """
     if not num_classes:
         raise ExpectedError(
-            f"{model} is unconditional: no digit can be asked of it; give a conditional checkpoint (best_CGAN_G.pt), "
-            "or use infer.py"
+            f"{model} is unconditional: no digit can be asked of it; give a conditional checkpoint (best_CGAN_G.pt, "
+            "best_DIFF.pt), or use infer.py"
         )
     digits = set(range(num_classes)) if "all" in choices else set(choices)
     if missing := sorted(digit for digit in digits if digit >= num_classes):

@@ -34,10 +34,10 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def check_request(n: int, labels: Tensor | None, num_classes: int) -> None:
-    """`ValueError` unless n >= 1, and labels are None or, for a conditional model, int64 [n] in 0..num_classes-1."""
-    if n < 1:
-        raise ValueError(f"at least one image must be asked for, not {n}")
+def check_request(n: int, labels: Tensor | None, num_classes: int, chunk_size: int) -> None:
+    """`ValueError` unless n, chunk_size >= 1, and labels are None or, for a conditional model, int64 [n] of its classes."""
+    if n < 1 or chunk_size < 1:
+        raise ValueError(f"at least one image must be asked for, and go into a chunk; not {n} in chunks of {chunk_size}")
     if labels is None:
         return
     if not num_classes:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -27,6 +26,7 @@ from unet import UNet
 
 NORMS = ("batch", "spectral", "none")
 DEFAULT_STEPS = 15  # of the fast samplers
+MAX_GUIDANCE = 100  # far beyond where samples are still digits
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Generator(nn.Module):
         Raises:
             ValueError: `n` < 1, labels for an unconditional model, of a wrong shape, or outside its classes.
         """
-        check_request(n, labels, self.config.num_classes)
+        check_request(n, labels, self.config.num_classes, chunk_size)
         z = torch.randn(n, self.config.latent_dim, generator=rng)
         if labels is None and self.config.num_classes:
             labels = torch.randint(self.config.num_classes, (n,), generator=rng)
@@ -255,7 +255,7 @@ class DDPM(nn.Module):
         """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
 
         Guidance w combines the predictions for the labels, c, and for the null class, u, as u + w (c - u) (Ho & Salimans
-        2022, eq. 6, with w counted from 0): 1 is plain conditional, 0 unconditional; others cost two evaluations.
+        2022, eq. 6, whose w is ours minus 1): 1 is plain conditional, 0 unconditional; others cost two evaluations.
         """
         time = torch.full((len(x),), level.time, device=x.device)
         null = torch.full_like(labels, self.config.num_classes)
@@ -287,7 +287,7 @@ class DDPM(nn.Module):
             rng: CPU generator of all randomness; None uses torch's global one.
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
             steps: network evaluations (pairs of them with guidance); by default 15, and every timestep for `ddpm`.
-            guidance: strength w of classifier-free guidance, see `denoise`.
+            guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
             eta: of DDIM, in [0, 1]: 0 is deterministic, 1 ancestral.
             chunk_size: images per forward pass; it bounds the memory, and changes the step noise of `ddpm` and eta > 0.
             watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, chunk after chunk: for pictures
@@ -296,8 +296,12 @@ class DDPM(nn.Module):
         Raises:
             ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
         """
-        check_request(n, labels, self.config.num_classes)
-        draw, grid = self._sampler(sampler, steps, guidance, eta)
+        check_request(n, labels, self.config.num_classes, chunk_size)
+        options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta)
+        grid = diffusion.time_grid(self.levels, options["steps"])
+        draw = diffusion.SAMPLERS[sampler]
+        if eta:
+            draw = functools.partial(draw, eta=eta)
         if labels is None:
             labels, guidance = torch.full((n,), self.config.num_classes), 1.0
         noise = torch.randn(n, 1, 28, 28, generator=rng)
@@ -311,22 +315,23 @@ class DDPM(nn.Module):
                 parts.append(draw(_watched(denoise, watch), x.to(device), grid, step_rng))
             return torch.cat(parts)
 
-    def _sampler(
-        self, sampler: str, steps: int | None, guidance: float, eta: float
-    ) -> tuple[Callable, list[diffusion.Level]]:
-        """The sampler and its grid of levels, its options checked."""
+    def sample_options(
+        self, *, sampler: str = "dpm-solver++", steps: int | None = None, guidance: float = 1.0, eta: float = 0.0
+    ) -> dict[str, str | int | float]:
+        """The options of `sample` with the defaults filled in; errors as there."""
         if sampler not in diffusion.SAMPLERS:
             raise ValueError(f"sampler must be one of {', '.join(diffusion.SAMPLERS)}, not {sampler!r}")
-        if not 0 <= guidance < math.inf:
-            raise ValueError(f"guidance must be a finite number of at least 0, not {guidance}")
-        if not 0 <= eta <= (sampler == "ddim"):
-            raise ValueError(f"eta must lie in 0..1, and be 0 for any sampler but ddim; not {eta}")
-        draw = diffusion.SAMPLERS[sampler]
-        if eta:
-            draw = functools.partial(draw, eta=eta)
         if steps is None:
             steps = self.config.timesteps if sampler == "ddpm" else min(DEFAULT_STEPS, self.config.timesteps)
-        return draw, diffusion.time_grid(self.levels, steps)
+        if type(steps) is not int or not 1 <= steps <= self.config.timesteps:
+            raise ValueError(f"steps must be an integer in 1..{self.config.timesteps}, the timesteps, not {steps!r}")
+        if not 0 <= guidance <= MAX_GUIDANCE:
+            raise ValueError(f"guidance must lie in 0..{MAX_GUIDANCE}, not {guidance}")
+        if guidance != 1 and not self.config.num_classes:
+            raise ValueError("guidance has no classes to go by in an unconditional model")
+        if not 0 <= eta <= (sampler == "ddim"):
+            raise ValueError(f"eta must lie in 0..1, and be 0 for any sampler but ddim; not {eta}")
+        return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta}
 
 
 def _watched(denoise: diffusion.Denoise, watch: Callable | None) -> diffusion.Denoise:

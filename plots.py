@@ -12,6 +12,7 @@ from torch import Tensor
 from utils import atomic_path
 
 PAD = 2  # pixels between the images of a grid
+CAPTION_WIDTH = 150
 
 
 def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
@@ -29,9 +30,10 @@ def image_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
 
 
 def captioned(picture: np.ndarray, caption: str) -> np.ndarray:
-    """The picture [H, W] under a line of text."""
+    """The picture [H, W] under a line of text, made at least wide enough for most captions."""
     from PIL import Image, ImageDraw
 
+    picture = np.pad(picture, ((0, 0), (0, max(0, CAPTION_WIDTH - picture.shape[1]))))
     strip = Image.new("L", (picture.shape[1], 18), 0)
     ImageDraw.Draw(strip).text((4, 3), caption, fill=255)
     return np.concatenate([np.asarray(strip), picture])
@@ -55,12 +57,12 @@ def write_gif(path: str | os.PathLike, frames: Tensor, seconds: float = 8.0) -> 
         imageio.imwrite(temporary, frames.numpy(), extension=".gif", duration=durations, loop=0)
 
 
-def write_side_by_side(path: str | os.PathLike, panels: dict[str, Tensor]) -> None:
+def write_side_by_side(path: str | os.PathLike, panels: list[tuple[str, Tensor]]) -> None:
     """Draw grids of uint8 [N, 1, H, W] next to each other, each under its title."""
     from matplotlib.figure import Figure  # without pyplot: no global state, no display
 
     figure = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         axes.imshow(image_grid(images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(title, fontsize=11)
         axes.set_axis_off()
@@ -74,7 +76,7 @@ def write_sampler_curve(path: str | os.PathLike, curves: dict[str, dict], captio
 
     figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    styles = zip(("#0072b2", "#d55e00", "#009e73"), "osD", ("-", "--", ":"))  # told apart without colours too
+    styles = zip(("#0072b2", "#d55e00", "#cc79a7", "#009e73"), "osv^", ("-", "--", ":", "-."))  # also without colours
     for (name, points), (colour, marker, line) in zip(curves.items(), styles):
         means, deviations = zip(*points.values())
         axes.errorbar(list(points), means, deviations, label=name, color=colour, marker=marker, linestyle=line, capsize=3)
@@ -84,7 +86,7 @@ def write_sampler_curve(path: str | os.PathLike, curves: dict[str, dict], captio
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel="FID / FID of real digits")
     axes.set_xticks(ticks, [str(steps) for steps in ticks])
     axes.minorticks_off()
-    axes.set_title(f"Quality against cost ({caption}; bars: one deviation)", fontsize=10)
+    axes.set_title(f"Quality against cost ({caption}; bars: deviation over seeds)", fontsize=10)
     axes.legend(frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

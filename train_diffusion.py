@@ -7,13 +7,17 @@ import argparse
 from flags import DIFFUSION_REFERENCE, ArgumentParser, add_diffusion_flags, add_training_flags, parse_training_args
 from utils import run_script
 
+MONITOR_STEPS = 10  # enough to tell a better epoch from a worse one
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_training_flags(parser)
     add_diffusion_flags(parser)
     args = parse_training_args(parser, argv, DIFFUSION_REFERENCE)
-    if args.steps > args.timesteps:
+    if args.steps is None:
+        args.steps = min(MONITOR_STEPS, args.timesteps)
+    if args.steps > args.timesteps and not args.resume:  # a resumed run has its own timesteps
         parser.error(f"--steps {args.steps} is more than the --timesteps {args.timesteps} that there are to visit")
     return args
 

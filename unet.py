@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUPS = 8  # of every GroupNorm, so widths are multiples of it
-HEAD_CHANNELS = 64  # of an attention head
+HEAD_CHANNELS = 64  # of an attention head, or the largest divisor of it that divides the channels
 
 
 class UNet(nn.Module):
@@ -74,8 +74,8 @@ class UNet(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions beside a skip: x [B, inputs, H, W] and a condition [B, condition] -> [B, outputs, H, W].
 
-    The condition scales and shifts the second normalisation (adaptive group normalisation: Dhariwal & Nichol 2021,
-    section 3, eq. 1). The second convolution begins at zero, so that the block begins as its skip.
+    The condition gives a shift and a gain around 1 to the second normalisation (adaptive group normalisation: Dhariwal &
+    Nichol 2021, section 3). The second convolution begins at zero, so that the block begins as its skip.
     """
 
     def __init__(self, inputs: int, outputs: int, condition: int):
@@ -99,7 +99,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.heads = max(1, channels // HEAD_CHANNELS)
+        self.heads = channels // math.gcd(channels, HEAD_CHANNELS)
         self.norm = nn.GroupNorm(GROUPS, channels)
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
         nn.init.zeros_(self.out.weight)

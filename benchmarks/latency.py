@@ -1,4 +1,5 @@
-"""How long does one wait? Reading MNIST, `--help`, pictures on demand, and scoring a generator: medians of a few repeats.
+"""How long does one wait? Reading MNIST, `--help`, pictures on demand, and scoring a generator: medians of a few
+repeats, after a first one that fills the caches.
 
 python benchmarks/latency.py
 """

@@ -2,8 +2,9 @@
 
 Every sampler and number of steps is scored with several seeds by the monitor's scorer: n samples, asked for the training
 set's own labels, against the training-set statistics (the test set is not used to choose anything). Each result is
-written at once, and what the file already holds for the same checkpoint and n is not measured again, so an interrupted
-run goes on where it was.
+written at once, and what the file already holds for the same checkpoint, n and device is not measured again, so an
+interrupted run goes on where it was; rows of other checkpoints are dropped. "even in log-SNR" is DPM-Solver++ on another
+grid than ours, which is even in time: times at equal steps of the logarithm of the signal-to-noise ratio.
 
     python benchmarks/samplers.py
 """
@@ -11,15 +12,18 @@ run goes on where it was.
 from __future__ import annotations
 
 import csv
+import math
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tqdm import tqdm
 
 import data
+import diffusion
 import flags
 import plots
 from checkpoint import file_sha256, load_generator
@@ -27,8 +31,8 @@ from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
 from utils import ExpectedError, choose_device, run_script, write_csv
 
-STEPS = (5, 7, 10, 15, 20, 30, 50)
-KEY = ("checkpoint", "n", "sampler", "steps", "seed")
+KEY = ("checkpoint", "n", "device", "sampler", "steps", "seed")
+LOG_SNR = "even in log-SNR"
 
 
 def main() -> None:
@@ -36,6 +40,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--model", default="checkpoints/best_DIFF.pt", help="checkpoint of a diffusion model")
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
+    flag("--steps", type=flags.positive_int, nargs="+", default=[5, 7, 10, 15, 20, 30, 50], help="of the fast samplers")
     flag("--seeds", type=flags.positive_int, default=3, help="seeds of the fast samplers and of 100 ancestral steps")
     flag("--full-seeds", type=flags.natural, default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -45,41 +50,65 @@ def main() -> None:
 
     device = choose_device(args.device)
     model = load_generator(args.model, device)
-    if "sampler" not in model.SAMPLE_OPTIONS:
-        raise ExpectedError(f"{args.model} holds a {model.model_name}, which has no samplers to compare")
+    if "sampler" not in model.SAMPLE_OPTIONS or model.config.num_classes != data.NUM_CLASSES:
+        raise ExpectedError(f"{args.model} holds no diffusion model of ten classes, whose samplers could be compared")
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
     extractor, table = Extractor(device), args.out_dir / "samplers.csv"
-    rows = read_rows(table)
-
-    wanted = all_jobs(args, model.config.timesteps)
+    wanted = all_jobs(args, model.config.timesteps, str(device))
+    rows = [row for row in read_rows(table) if any(identity(row) == identity(job) for job in wanted)]
     jobs = [job for job in wanted if not any(identity(row) == identity(job) for row in rows)]
-    with tqdm(total=sum(args.n * int(job["steps"]) for job in jobs), unit="eval", unit_scale=True, smoothing=0) as bar:
+    total = sum(args.n * int(job["steps"]) for job in jobs)
+    with tqdm(total=total, unit="eval", unit_scale=True, smoothing=0, disable=None) as bar:
         for job in jobs:
             options = {"sampler": job["sampler"], "steps": int(job["steps"]), "watch": lambda x, level: bar.update(len(x))}
+            sampled = model
+            if job["sampler"] == LOG_SNR:
+                sampled, options["sampler"] = OnAnotherGrid(model), "dpm-solver++"
             scorer = training_scorer(digits, extractor, args.n, int(job["seed"]), conditional=True, options=options)
             start = time.perf_counter()
-            figures = scorer(model)
+            figures = scorer(sampled)
             rate = args.n / (time.perf_counter() - start)
             kept = {name: f"{figures[name]:.6g}" for name in ("fid", "fid_ratio", "is", "label_accuracy")}
-            rows.append({**job, **kept, "images_per_second": f"{rate:.1f}", "device": str(device)})
+            rows.append({**job, **kept, "images_per_second": f"{rate:.1f}"})
             write_csv(table, rows)
 
-    shown = {identity(job) for job in wanted}
-    summary = summarise([row for row in rows if identity(row) in shown])
-    plots.write_sampler_curve(args.out_dir / "samplers.png", summary, f"{args.n} samples, {args.seeds} seeds")
+    write_csv(table, rows)  # also where nothing was left to do but to drop rows
+    summary = summarise(rows)
+    plots.write_sampler_curve(args.out_dir / "samplers.png", summary, f"{args.n} samples a seed")
     for name, points in summary.items():
         for steps, fid_ratio in points.items():
-            print(f"{name:14s} {steps:5d} evaluations   FID ratio {fid_ratio.mean:.2f} +- {fid_ratio.std:.2f}")
+            spread = "(one seed)" if math.isnan(fid_ratio.std) else f"+- {fid_ratio.std:.2f}"
+            print(f"{name:24s} {steps:5d} evaluations   FID ratio {fid_ratio.mean:.2f} {spread}")
     print(f"wrote {table} and samplers.png")
 
 
-def all_jobs(args, timesteps: int) -> list[dict[str, str]]:
+class OnAnotherGrid:
+    """A diffusion model whose samplers evaluate at even steps of log-SNR."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def sample(self, *args, **options):
+        with mock.patch.object(diffusion, "time_grid", log_snr_grid):
+            return self.model.sample(*args, **options)
+
+
+def log_snr_grid(levels: list[diffusion.Level], steps: int) -> list[diffusion.Level]:
+    """`steps` levels nearest to even steps of log-SNR, from the last time to the first, and the clean image."""
+    first, last = levels[-1].half_log_snr, levels[0].half_log_snr
+    aims = [first + (last - first) * i / max(1, steps - 1) for i in range(steps)]
+    nearest = {min(range(len(levels)), key=lambda t: abs(levels[t].half_log_snr - aim)) for aim in aims}
+    return [levels[t] for t in sorted(nearest, reverse=True)] + [diffusion.CLEAN]
+
+
+def all_jobs(args, timesteps: int, device: str) -> list[dict[str, str]]:
     """Every measurement, the cheap ones first; ancestral sampling also with every timestep."""
-    plan = [(sampler, steps, args.seeds) for steps in STEPS for sampler in ("dpm-solver++", "ddim")]
+    plan = [(sampler, steps, args.seeds) for steps in args.steps for sampler in ("dpm-solver++", "ddim")]
+    plan += [(LOG_SNR, steps, args.seeds) for steps in args.steps if 10 <= steps <= 15]
     plan += [("ddpm", 100, args.seeds), ("ddpm", timesteps, args.full_seeds)]
-    checkpoint = file_sha256(args.model)[:16]
+    head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": device}
     return [
-        {"checkpoint": checkpoint, "n": str(args.n), "sampler": sampler, "steps": str(steps), "seed": str(seed)}
+        {**head, "sampler": sampler, "steps": str(steps), "seed": str(seed)}
         for sampler, steps, seeds in plan for seed in range(seeds) if steps <= timesteps
     ]  # fmt: skip
 

@@ -55,7 +55,7 @@ def main() -> None:
         start = time.perf_counter()
         figures = scorer(network)
         rows.append({
-            "width": width, "seed": seed, "minutes": args.minutes, "device": str(device), "precision": args.precision,
+            "width": width, "seed": seed, "minutes": state.seconds / 60, "device": str(device), "precision": args.precision,
             **size_of(network, device), "steps": state.step, "images_per_second": state.images / state.seconds,
             "samples_per_second": args.n / (time.perf_counter() - start), "n": args.n,
             **{name: figures[name] for name in ("fid", "fid_ratio", "is", "label_accuracy")},
@@ -71,13 +71,13 @@ def train(args, digits: data.Digits, width: int, seed: int):
     torch.manual_seed(seed)
     network = build("ddpm", width=width).to(digits.images.device)
     timed = build("ddpm", width=width).to(digits.images.device)
-    rate = TIMED_STEPS / run_steps(args, digits, timed, seed, TIMED_STEPS)[0].seconds
-    return run_steps(args, digits, network, seed, round(rate * 60 * args.minutes))
+    seconds = [run_steps(args, digits, timed, seed, steps)[0].seconds for steps in (TIMED_STEPS, TIMED_STEPS)]
+    return run_steps(args, digits, network, seed, max(1, round(TIMED_STEPS / seconds[-1] * 60 * args.minutes)))
 
 
 def run_steps(args, digits: data.Digits, network, seed: int, steps: int):
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
-    state, ema = TrainState(), EMA(network, 0.999)
+    ema, state = EMA(network, 0.999), TrainState()
     schedule = ScheduledLR([optimizer], min(WARMUP, steps // 10), steps)
     step = DiffusionStep(network, optimizer, state, seed, args.precision, grad_clip=1.0, label_dropout=0.1)
     schedule.on_start(state)

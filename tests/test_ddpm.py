@@ -12,7 +12,7 @@ import diffusion
 from denoising import DiffusionStep
 from models import build
 from training import TrainState
-from unet import UNet, sinusoids
+from unet import Attention, UNet, sinusoids
 from utils import keyed_generator
 
 DETERMINISTIC = ["dpm-solver++", "ddim"]
@@ -39,13 +39,40 @@ def test_the_unet_goes_down_to_7x7_and_back(width):
     assert {(width, 28, 28), (2 * width, 14, 14), (4 * width, 7, 7)} == set(shapes) - {(1, 28, 28)}
 
 
-def test_every_pixel_sees_every_pixel_the_time_and_the_class():
-    network = small("ddpm").unet
+def seen_by_a_corner(network) -> torch.Tensor:
+    """Which pixels [28, 28] of the input the first pixel of the output depends on."""
     x = torch.randn(1, 1, 28, 28, requires_grad=True)
     output = network(x, torch.tensor([300.0]), torch.tensor([3]))
-    for row, column in ((0, 0), (13, 20), (27, 27)):
-        (gradient,) = torch.autograd.grad(output[0, 0, row, column], x, retain_graph=True)
-        assert (gradient != 0).all()
+    return torch.autograd.grad(output[0, 0, 0, 0], x)[0][0, 0] != 0
+
+
+def test_every_pixel_sees_every_pixel():
+    """Through convolutions and attention: GroupNorm, through which anything sees everything, is taken out."""
+    network = small("ddpm").unet
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, torch.nn.GroupNorm):
+                setattr(module, name, torch.nn.Identity())
+    assert seen_by_a_corner(network).all()
+    attention_alone = torch.nn.ModuleList([block for block in network.middle if isinstance(block, Attention)])
+    network.middle = attention_alone
+    assert seen_by_a_corner(network).all()
+    network.middle = torch.nn.ModuleList()
+    assert not seen_by_a_corner(network).all()
+
+
+def test_attention_is_at_7x7():
+    network, shapes = small("ddpm").unet, []
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape[1:])))
+    network(torch.randn(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    assert shapes and set(shapes) == {(32, 7, 7)}
+
+
+def test_time_and_class_act_on_every_pixel():
+    network, x = small("ddpm").unet, torch.randn(1, 1, 28, 28)
+    output = network(x, torch.tensor([300.0]), torch.tensor([3]))
     for other in (
         network(x, torch.tensor([301.0]), torch.tensor([3])),
         network(x, torch.tensor([300.0]), torch.tensor([4])),
@@ -74,6 +101,14 @@ def test_times_have_distinct_embeddings():
     embedded = sinusoids(torch.arange(1000), 32)
     assert embedded.shape == (1000, 32) and embedded.abs().max() <= 1
     assert torch.cdist(embedded, embedded).add(torch.eye(1000) * 9).min() > 0.05
+
+
+@pytest.mark.parametrize("width", range(8, 129, 8))
+def test_every_width_that_the_config_allows_can_be_built(width):
+    with torch.device("meta"):
+        network = build("ddpm", width=width).unet
+        indices = torch.zeros(2, dtype=torch.int64)
+        assert network(torch.zeros(2, 1, 28, 28), indices, indices).shape == (2, 1, 28, 28)
 
 
 def test_the_width_is_a_multiple_of_the_groups():
@@ -165,15 +200,17 @@ def test_no_labels_means_the_null_class():
 def test_guidance_goes_along_the_line_through_both_noise_estimates(guidance, prediction):
     """eps = u + w (c - u), in terms of the noise whatever the network predicts."""
     network = small("ddpm", prediction=prediction).eval()
-    level, x, labels = network.levels[10], torch.randn(4, 1, 28, 28), torch.arange(4)
+    level, x, labels = network.levels[10], torch.randn(4, 1, 28, 28) * 0.1, torch.arange(4)
 
     def noise(labels, guidance=1.0):
-        with torch.no_grad():  # x0 is small enough here not to be clipped
-            return (x - level.alpha * network.denoise(x * 0.01, level, labels, guidance)) / level.sigma
+        with torch.no_grad():
+            x0 = network.denoise(x, level, labels, guidance)
+        assert x0.abs().max() < 1  # nothing was clipped, so x0 tells the noise
+        return (x - level.alpha * x0) / level.sigma
 
     free, asked = noise(torch.full((4,), 10)), noise(labels)
-    assert not torch.allclose(free, asked, atol=1e-4)
-    assert torch.allclose(noise(labels, guidance), free + guidance * (asked - free), atol=1e-4)
+    assert (free - asked).abs().max() > 1e-3
+    assert torch.allclose(noise(labels, guidance), free + guidance * (asked - free), atol=1e-5)
 
 
 def test_guidance_0_and_1_cost_one_evaluation():
@@ -223,13 +260,26 @@ def small_again():
     ("options", "named"),
     [
         ({"sampler": "euler"}, "sampler"), ({"steps": 0}, "steps"), ({"steps": 51}, "steps"), ({"eta": 0.5}, "eta"),
-        ({"guidance": -1.0}, "guidance"), ({"guidance": math.nan}, "guidance"), ({"guidance": math.inf}, "guidance"),
+        ({"guidance": -1.0}, "guidance"), ({"guidance": math.nan}, "guidance"), ({"guidance": 101.0}, "guidance"),
+        ({"steps": 2.5}, "steps"), ({"chunk_size": 0}, "chunk"),
         ({"eta": 1.5, "sampler": "ddim"}, "eta"), ({"eta": math.nan, "sampler": "ddim"}, "eta"),
     ],
 )  # fmt: skip
 def test_options_out_of_bounds_are_refused(options, named):
     with pytest.raises(ValueError, match=named):
         draw(small("ddpm"), **options)
+
+
+def test_an_unconditional_model_cannot_be_guided():
+    with pytest.raises(ValueError, match="guidance"):
+        small("ddpm", num_classes=0).sample(2, guidance=2.0)
+
+
+def test_the_options_in_full():
+    network = small("ddpm")
+    assert network.sample_options() == {"sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 0.0}
+    assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50
+    assert set(network.sample_options()) | {"watch"} == set(network.SAMPLE_OPTIONS)
 
 
 def test_eta_makes_ddim_random():

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
-import itertools
 import runpy
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, error_line, run_process
 
+import plots
 from checkpoint import load_generator, save_model
-from models import build
+from data import to_uint8
+from denoising import DiffusionStep
+from models import DDPM, build
+from utils import keyed_generator
 
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
 
@@ -58,12 +62,27 @@ def test_train_cgan_scores_and_draws_by_digit(run, tmp_path):
     assert load_generator(tmp_path / "checkpoints" / "best_CGAN_G.pt").config.num_classes == 10
 
 
-def test_train_diffusion_dry_run_writes_every_file(run, tmp_path):
+def spy(function, calls: list):
+    """The function, whose keyword arguments are noted."""
+
+    def noting(*args, **kwargs):
+        calls.append(kwargs)
+        return function(*args, **kwargs)
+
+    return noting
+
+
+def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     flags = {"width": 8, "timesteps": 40, "schedule": "linear", "prediction": "eps", "grad_clip": 0.5, "label_dropout": 0.2,
              "sampler": "ddim", "steps": 3, "guidance": 2.0, "warmup_steps": 3}  # fmt: skip
     typed = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
+    sampled, steps = [], []
+    monkeypatch.setattr(DDPM, "sample", spy(DDPM.sample, sampled))
+    monkeypatch.setattr(DiffusionStep, "__init__", spy(DiffusionStep.__init__, steps))
     code, out, err = run("train_diffusion.py", "--dry-run", "--dataset", "digits", *typed, "--out-dir", tmp_path)
     assert code == 0, err
+    assert sampled == [{"sampler": "ddim", "steps": 3, "guidance": 2.0}] * 5  # three frames and two scorings
+    assert [(call["grad_clip"], call["label_dropout"]) for call in steps] == [(0.5, 0.2)]
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
         "checkpoints/best_DIFF.pt", "checkpoints/last_DIFF.pt",
@@ -116,7 +135,9 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
     for args, reason in (
         ([tmp_path / "none.pt"], "does not exist"),
         ([SHIPPED, "--steps", 20], "dcgan, which has no --steps"),
-        ([models[2], "--steps", 51], "more than the 50 timesteps"),
+        ([models[2], "--steps", 51], "steps must be"),
+        ([tiny_ddpm(tmp_path, num_classes=0), "--guidance", 2], "unconditional"),
+        ([tiny_ddpm(tmp_path, num_classes=5)], "has 5 classes"),
     ):
         code, _, err = run("evaluate.py", "--models", *args, "--out-dir", tmp_path)
         assert code == 1 and reason in error_line(err)
@@ -155,11 +176,13 @@ BAD_ARGUMENTS = [
     ("train_gan.py", ["--seed", "9" * 30], "--seed"),
     ("train_cgan.py", ["--epochs", "0"], "--epochs"),
     ("train_cgan.py", ["--lr-schedule", "plateau", "--warmup-steps", "5"], "--warmup-steps"),
-    ("train_diffusion.py", ["--timesteps", "5"], "--steps 10 is more than the --timesteps 5"),
+    ("train_diffusion.py", ["--timesteps", "5", "--steps", "10"], "--steps 10 is more than the --timesteps 5"),
     ("train_diffusion.py", ["--grad-clip", "-1"], "--grad-clip"),
     ("train_diffusion.py", ["--label-dropout", "1"], "--label-dropout"),
     ("train_diffusion.py", ["--prediction", "x0"], "--prediction"),
     ("inference.py", ["--guidance", "-1"], "--guidance"),
+    ("inference.py", ["--guidance", "0"], "--guidance 0"),
+    ("inference.py", ["--guidance", "1e39"], "--guidance"),
     ("inference.py", ["--sampler", "euler"], "--sampler"),
     ("infer.py", ["--steps", "0"], "--steps"),
     ("evaluate.py", ["--seeds", "0"], "--seeds"),
@@ -189,7 +212,7 @@ def test_failures_exit_with_1_and_overwrite_nothing(run, tmp_path):
         (["--gan-model", ROOT / "checkpoints" / "classifier.pt"], "cannot be sampled"),
         (["--gan-model", ROOT / "checkpoints" / "best_GAN_D.pt"], "cannot be sampled"),
         (["--diff-model", SHIPPED, "--steps", 5], "has no --steps"),
-        (["--diff-model", tiny_ddpm(tmp_path), "--steps", 51], "more than the 50 timesteps"),
+        (["--diff-model", tiny_ddpm(tmp_path), "--steps", 51], "steps must be"),
         (["--diff-model", truncated], "damaged"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
@@ -217,6 +240,14 @@ def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
         code, _, err = run("train_gan.py", *args, "--out-dir", out)
         assert code == 1 and reason in err.strip().splitlines()[-1]
         assert not list(out.rglob("*.pt"))
+    for args, reason in (
+        (["--width", 12], "multiple of 8"),
+        (["--width", 520], "width must be"),
+        (["--timesteps", 200_000], "timesteps must be"),
+        (["--timesteps", 1], "timesteps must be"),
+    ):
+        code, _, err = run("train_diffusion.py", "--dataset", "digits", *args, "--out-dir", out)
+        assert code == 1 and reason in error_line(err) and not list(out.rglob("*.pt"))
 
 
 def test_infer_draws_real_gan_and_diffusion_digits_side_by_side(run, tmp_path):
@@ -232,19 +263,37 @@ def test_infer_draws_real_gan_and_diffusion_digits_side_by_side(run, tmp_path):
 
 
 def test_infer_draws_the_denoising(run, tmp_path):
-    from PIL import Image
+    from PIL import Image, ImageSequence
 
-    gif = tmp_path / "a.gif"
-    args = ["--diff-model", tiny_ddpm(tmp_path), "--n", 9, "--out", tmp_path / "a.png", "--denoising-gif", gif]
+    gif, tiny = tmp_path / "a.gif", tiny_ddpm(tmp_path)
+    args = ["--diff-model", tiny, "--n", 9, "--out", tmp_path / "a.png", "--denoising-gif", gif]
     code, out, err = run("infer.py", *args, "--sampler", "ddim", "--steps", 4)
     assert code == 0 and str(gif) in out, err
     with Image.open(gif) as pictures:
-        assert pictures.n_frames == 5 and pictures.size == (3 * 30 + 2, 3 * 30 + 2 + 18)  # with its caption
-        frames = [np.asarray(pictures.convert("L")).astype(int) for _ in range(5) if pictures.seek(_) is None]
-    assert all(np.abs(a - b).max() > 50 for a, b in itertools.pairwise(frames))
+        assert pictures.n_frames == 5 and pictures.size == (150, 3 * 30 + 2 + 18)  # wide enough for the caption
+        frames = [np.asarray(frame.convert("L"))[18:, :92].astype(int) for frame in ImageSequence.Iterator(pictures)]
+    stages, rng = [], keyed_generator("cpu", 0, "infer")
+    options = {"sampler": "ddim", "steps": 4, "watch": lambda x, level: stages.append(x)}
+    stages.append(load_generator(tiny).sample(9, rng=rng, **options))
+    assert torch.equal(stages[0], torch.randn(9, 1, 28, 28, generator=keyed_generator("cpu", 0, "infer")))
+    for frame, stage in zip(frames, stages, strict=True):
+        assert np.abs(frame - plots.image_grid(to_uint8(stage))).max() <= 1
+    assert np.abs(frames[-1] - frames[0]).max() > 50
+    code, _, _ = run("infer.py", *args, "--sampler", "ddpm")
+    with Image.open(gif) as pictures:
+        assert code == 0 and pictures.n_frames == 31  # not all of the steps
     args[1] = SHIPPED
     code, _, err = run("infer.py", *args)
     assert code == 1 and "does not denoise" in error_line(err)
+
+
+def test_two_models_of_a_kind_have_two_panels(run, tmp_path):
+    import imageio.v3 as imageio
+
+    out = tmp_path / "a.png"
+    assert run("infer.py", "--gan-model", SHIPPED, "--diff-model", SHIPPED, "--n", 4, "--out", out)[0] == 0
+    picture = imageio.imread(out)
+    assert picture.shape[1] > 2.5 * picture.shape[0]
 
 
 def test_infer_without_mnist_says_so(run, tmp_path):
@@ -255,3 +304,20 @@ def test_infer_without_mnist_says_so(run, tmp_path):
 def test_a_process_of_its_own_prints_one_line(tmp_path):
     result = run_process("infer.py", "--gan-model", "none.pt", cwd=tmp_path)
     assert result.returncode == 1 and "none.pt" in error_line(result.stderr)
+
+
+def test_the_curve_of_the_samplers_goes_on_where_it_was(mnist_dir, tmp_path):
+    """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another checkpoint."""
+    tiny, out = tiny_ddpm(tmp_path, timesteps=4), tmp_path / "out"
+    args = ["--model", tiny, "--n", 500, "--steps", 2, 3, 15, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
+    assert run_process("benchmarks/samplers.py", *args).returncode == 0
+    rows = read_csv(out / "samplers.csv")
+    expected = [("dpm-solver++", "2"), ("ddim", "2"), ("dpm-solver++", "3"), ("ddim", "3"), ("ddpm", "4")]
+    assert [(row["sampler"], row["steps"]) for row in rows] == expected
+    with (out / "samplers.csv").open("a") as file:
+        file.write((out / "samplers.csv").read_text().splitlines()[1].replace(rows[0]["checkpoint"], "0" * 16) + "\n")
+    picture = (out / "samplers.png").read_bytes()
+    result = run_process("benchmarks/samplers.py", *args)
+    assert result.returncode == 0 and "(one seed)" in result.stdout, result.stderr
+    assert read_csv(out / "samplers.csv") == rows
+    assert (out / "samplers.png").read_bytes() == picture

@@ -194,14 +194,27 @@ def test_the_gif_keeps_its_frames(tmp_path):
     from PIL import Image
 
     network = small("dcgan")
-    gif = callbacks.ProgressGIF(tmp_path / "a.gif", network, seed=0, columns=2)
-    run_scored([3, 2], gif)
-    again = callbacks.ProgressGIF(tmp_path / "b.gif", network, seed=0, columns=2)
+    gif = callbacks.ProgressGIF(tmp_path / "a.gif", network, StopSignals(), seed=0, columns=2)
+    state = run_scored([3, 2], gif)
+    again = callbacks.ProgressGIF(tmp_path / "b.gif", network, StopSignals(), seed=0, columns=2)
     again.load_state_dict(gif.state_dict())
-    fit(loss_step, number_batches(1), 3, [again], TrainState(epoch=2))
+    fit(loss_step, number_batches(1), 3, [again], state)
     assert Image.open(tmp_path / "a.gif").n_frames == 3  # one before training, one an epoch
     assert Image.open(tmp_path / "b.gif").n_frames == 4
     assert torch.equal(again.frames[0], gif.frames[0])
+    again.after_epoch(TrainState(epoch=2))  # an epoch that is closed again after an interruption
+    assert len(again.frames) == 4
+
+
+def test_the_gif_stops_at_once(tmp_path):
+    """A signal while it samples leaves no frame; drawn again, the epoch has one."""
+    with StopSignals() as signals:
+        gif = callbacks.ProgressGIF(tmp_path / "a.gif", small("dcgan"), signals, seed=0, columns=2)
+        gif.on_start(TrainState())
+        gif.model.register_forward_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            gif.after_epoch(TrainState())
+        assert len(gif.frames) == 1
 
 
 def test_the_gif_of_a_conditional_model_has_a_row_for_each_class(tmp_path):
@@ -210,7 +223,8 @@ def test_the_gif_of_a_conditional_model_has_a_row_for_each_class(tmp_path):
             return (labels / 5 - 1 - darker).view(n, 1, 1, 1).expand(n, 1, 28, 28)
 
     labels = torch.arange(10).repeat_interleave(3)
-    gif = callbacks.ProgressGIF(tmp_path / "a.gif", Flat(), 0, columns=3, labels=labels, options={"darker": 0.2})
+    options = {"darker": 0.2}
+    gif = callbacks.ProgressGIF(tmp_path / "a.gif", Flat(), StopSignals(), 0, columns=3, labels=labels, options=options)
     gif.on_start(TrainState())
     cells = gif.frames[0][-10 * 30 :, 2:].reshape(10, 30, 3, 30)[:, :28, :, :28]
     expected = ((torch.arange(10) - 1) / 10 * 255).clamp(min=0)
