@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_line, run_process
+from test_models import small
 
 import plots
 from checkpoint import load_generator, save_model
 from data import to_uint8
 from denoising import DiffusionStep
-from models import DDPM, build
+from models import DDPM
 from utils import keyed_generator
 
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
@@ -27,7 +28,7 @@ def read_csv(path) -> list[dict[str, str]]:
 
 def tiny_ddpm(folder, **config):
     """The file of an untrained diffusion model."""
-    save_model(folder / "tiny.pt", "ddpm", build("ddpm", width=8, **{"timesteps": 50, **config}), {})
+    save_model(folder / "tiny.pt", "ddpm", small("ddpm", **config), {})
     return folder / "tiny.pt"
 
 
