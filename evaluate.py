@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from flags import ArgumentParser, add_sampling_flags, positive_int, sample_count, sampling_options, seed_number
-from utils import ExpectedError, choose_device, keyed_generator, run_script, write_csv
+from utils import ExpectedError, choose_device, keyed_generator, provenance, run_script, write_csv, write_json
 
 MIN_SAMPLES = 200  # of ten digits, each of which needs more than the five neighbours of precision and recall
 SHIPPED = ["checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt", "checkpoints/best_DIFF.pt"]
@@ -26,8 +28,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_sampling_flags(parser)
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    flag("--out-dir", default=None, help="folder for metrics.csv and metrics_by_digit.csv (default: reports; runs/reports "
-         "where another flag of the protocol differs from its default)")  # fmt: skip
+    flag("--out-dir", default=None, help="folder for metrics.csv, metrics_by_digit.csv and metrics.json (default: reports; "
+         "runs/reports where another flag of the protocol differs from its default)")  # fmt: skip
     args = parser.parse_args(argv)
     if args.n < MIN_SAMPLES:
         parser.error(f"--n {args.n} leaves too few samples of a digit; give at least {MIN_SAMPLES}")
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.n > len(test):
         raise ExpectedError(f"--n {args.n} is more than the {len(test)} test digits; the figures would lose their floor")
     reference = TestSet(test, train, Extractor(device))
-    table = Table(args.n, args.seed)
+    table = Table(args.n, args.seed, device)
 
     # Real digits: the floor (random training digits, scored like samples), and what the test digits reach themselves
     scores = []
@@ -71,13 +73,16 @@ def main(argv: list[str] | None = None) -> None:
             scores = []
             for seed in range(args.seed, args.seed + args.seeds):
                 labels = proportional_labels(test, args.n, seed) if job.by_digit else None
-                samples, evaluated = draw(job, args.n, labels, keyed_generator("cpu", seed, "evaluate"), bar)
+                samples, cost = draw(job, args.n, labels, keyed_generator("cpu", seed, "evaluate"), bar)
                 figures, digits = reference.score(data.to_uint8(samples), seed, labels)
-                scores.append(({"evaluations": evaluated / args.n, **figures}, digits))
+                scores.append((cost | figures, digits))
             bar.clear()
-            table.add(job.name, scores, job.sampling, job.path)
+            table.add(job.name, scores, job.description)
 
-    table.write(args.out_dir)
+    table.write(
+        args.out_dir,
+        {"command": shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])]), "versions": provenance()},
+    )
 
 
 class Job(NamedTuple):
@@ -97,6 +102,14 @@ class Job(NamedTuple):
         options = self.generator.sample_options(**self.options)
         names = ("sampler", "steps", "guidance") if self.by_digit else ("sampler", "steps")
         return {name: options[name] for name in names}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What stands beside the figures: the options of sampling, the network's size, its file and the file's hash."""
+        from checkpoint import file_sha256
+
+        parameters = sum(parameter.numel() for parameter in self.generator.parameters())
+        return {**self.sampling, "parameters": parameters, "checkpoint": self.path, "sha256": file_sha256(self.path)}
 
     @property
     def evaluations(self) -> int:
@@ -126,8 +139,9 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
 
 
 def draw(job: Job, n: int, labels, rng, bar: tqdm):
-    """Samples [n, 1, 28, 28] and the number of network evaluations that they took, which move the bar."""
+    """Samples [n, 1, 28, 28] and what they cost: network evaluations per image, which move the bar, and images/s."""
     sizes: list[int] = []
+    start = time.perf_counter()
 
     def count(module, inputs, output) -> None:
         sizes.append(len(output))
@@ -135,27 +149,26 @@ def draw(job: Job, n: int, labels, rng, bar: tqdm):
 
     hook = job.generator.register_forward_hook(count)
     try:
-        return job.generator.sample(n, labels, rng, **job.options), sum(sizes)
+        samples = job.generator.sample(n, labels, rng, **job.options).cpu()  # waits for the device
     finally:
         hook.remove()
+    return samples, {"evaluations": sum(sizes) / n, "images_per_second": n / (time.perf_counter() - start)}
 
 
 class Table:
     """The rows of metrics.csv and metrics_by_digit.csv. The row that is added first is the floor of the later ratios."""
 
-    def __init__(self, n: int, seed: int):
-        self.protocol = {"n": n, "extractor": "mnist", "reference": "mnist test", "first_seed": seed}
+    def __init__(self, n: int, seed: int, device: object):
+        self.protocol = {"n": n, "extractor": "mnist", "reference": "mnist test", "first_seed": seed, "device": str(device)}
         self.rows: list[dict] = []
         self.digit_rows: list[dict] = []
 
-    def add(
-        self, model: str, scores: list[tuple[dict, list[dict]]], sampling: dict | None = None, checkpoint: str = ""
-    ) -> None:
+    def add(self, model: str, scores: list[tuple[dict, list[dict]]], description: dict | None = None) -> None:
         """Add and print a model, given what `TestSet.score` returned for each repetition."""
         figures, by_digit = zip(*scores)
         floor = self.rows[0] if self.rows else None
-        head = {"model": model, **self.protocol, "repeats": len(scores), **(sampling or {})}
-        self.rows.append({**head, **with_ratio(summarise(figures), floor), "checkpoint": checkpoint})
+        head = {"model": model, **self.protocol, "repeats": len(scores)}
+        self.rows.append({**head, **with_ratio(summarise(figures), floor), **(description or {})})
         show(self.rows[-1])
         digit_floors = self.digit_rows[:10]
         for digit, repeated in enumerate(zip(*by_digit)):
@@ -164,10 +177,12 @@ class Table:
         if by_digit[0]:
             show_digits(self.digit_rows[-10:])
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, origin: dict) -> None:
+        """Write the tables; metrics.json holds both of them, and where they come from."""
         write_csv(folder / "metrics.csv", self.rows)
         write_csv(folder / "metrics_by_digit.csv", self.digit_rows)
-        print(f"\nwrote {folder}/metrics.csv and metrics_by_digit.csv")
+        write_json(folder / "metrics.json", {**origin, "rows": self.rows, "rows_by_digit": self.digit_rows})
+        print(f"\nwrote {folder}/metrics.csv, metrics_by_digit.csv and metrics.json")
 
 
 def summarise(scores: list[dict[str, float]]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import csv
 import ctypes
 import hashlib
 import io
+import json
 import math
 import os
 import subprocess
@@ -170,6 +171,20 @@ def write_csv(path: str | os.PathLike, rows: list[dict]) -> None:
         writer.writerow({name: _cell(value) for name, value in row.items()})
     with atomic_path(path) as temporary:
         temporary.write_text(buffer.getvalue())
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Write dicts, lists and primitives as indented JSON; a figure that is not finite becomes null."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: plain(part) for key, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(plain(content), indent=1) + "\n")
 
 
 def _cell(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import runpy
 
 import numpy as np
@@ -12,7 +13,7 @@ from conftest import ROOT, error_line, run_process
 from test_models import small
 
 import plots
-from checkpoint import load_generator, save_model
+from checkpoint import file_sha256, load_generator, save_model
 from data import to_uint8
 from denoising import DiffusionStep
 from models import DDPM
@@ -28,8 +29,9 @@ def read_csv(path) -> list[dict[str, str]]:
 
 def tiny_ddpm(folder, **config):
     """The file of an untrained diffusion model."""
-    save_model(folder / "tiny.pt", "ddpm", small("ddpm", **config), {})
-    return folder / "tiny.pt"
+    path = folder / f"tiny{''.join(f'_{name}_{value}' for name, value in config.items())}.pt"
+    save_model(path, "ddpm", small("ddpm", **config), {})
+    return path
 
 
 def test_train_gan_dry_run_writes_every_file(run, tmp_path):
@@ -133,6 +135,12 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
     ]
     for floor, row in zip(by_digit[:10], by_digit[10:20]):
         assert float(row["fid_ratio"]) == pytest.approx(float(row["fid"]) / float(floor["fid"]), rel=1e-4)
+    content = json.loads((tmp_path / "metrics.json").read_text())
+    assert [row["model"] for row in content["rows"]] == names and len(content["rows_by_digit"]) == 30
+    assert content["rows"][2]["fid"] == pytest.approx(float(gan["fid"]), rel=1e-5)
+    assert content["rows"][2]["sha256"] == file_sha256(SHIPPED) and content["rows"][2]["images_per_second"] > 100
+    assert (by_digit_row := content["rows"][5])["sampler"] == "dpm-solver++" and by_digit_row["guidance"] == 1.5
+    assert content["command"].startswith("python evaluate.py --models") and content["versions"]["torch"] == torch.__version__
     for args, reason in (
         ([tmp_path / "none.pt"], "does not exist"),
         ([SHIPPED, "--steps", 20], "dcgan, which has no --steps"),
