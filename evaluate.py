@@ -79,10 +79,8 @@ def main(argv: list[str] | None = None) -> None:
             bar.clear()
             table.add(job.name, scores, job.description)
 
-    table.write(
-        args.out_dir,
-        {"command": shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])]), "versions": provenance()},
-    )
+    command = shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])])
+    table.write(args.out_dir, {"command": command, "versions": provenance()})
 
 
 class Job(NamedTuple):
