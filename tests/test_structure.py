@@ -17,6 +17,7 @@ ROOMS = {
     "data": {"utils"},
     "metrics": {"utils"},
     "plots": {"utils"},
+    "charts": {"utils"},
     "diffusion": set(),
     "unet": set(),
     "interface": set(),

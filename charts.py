@@ -1,0 +1,146 @@
+"""The report's charts: figures with numbers on them, drawn from the rows of metrics.json and of the training logs.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; markers and hatches say the same in black and white.
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from utils import atomic_path
+
+STYLES = {  # model -> label, colour, marker, hatch
+    "dcgan": ("DCGAN", "#e69f00", "s", "//"),
+    "ddpm": ("DDPM", "#0072b2", "o", ""),
+    "cdcgan": ("conditional DCGAN", "#d55e00", "D", "\\\\"),
+    "ddpm, by digit": ("DDPM, by digit", "#56b4e9", "^", ".."),
+}
+Rows = list[dict]
+
+
+def label_of(model: str) -> str:
+    """How a model of metrics.json is called in print."""
+    return STYLES[model][0] if model in STYLES else model
+
+
+def write_figure(path: str | os.PathLike, figure: Figure) -> None:
+    """Write a PNG; equal figures give equal bytes."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def compare(path: str | os.PathLike, rows: Rows, name: str, axis: str, real: dict) -> None:
+    """Bars of one metric with their deviation, and the value of real digits as a line."""
+    figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for position, row in enumerate(rows):
+        _, colour, _, hatch = STYLES.get(row["model"], ("", "#999999", "o", ""))
+        deviation = row[f"{name}_std"]
+        axes.bar(position, row[name], 0.6, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
+        axes.errorbar(position, row[name], deviation, color="black", capsize=4)
+        axes.annotate(f"{row[name]:.2f}", (position, row[name] + (deviation or 0)), (0, 3), textcoords="offset points",
+                      ha="center")  # fmt: skip
+    axes.axhline(real[name], color="black", linestyle="--", label=f"{real['model']}: {real[name]:.2f}")
+    if real.get(f"{name}_std"):
+        low, high = (real[name] + sign * real[f"{name}_std"] for sign in (-1, 1))
+        axes.axhspan(low, high, color="black", alpha=0.15, linewidth=0)
+    axes.set_xticks(range(len(rows)), [label_of(row["model"]) for row in rows])
+    axes.set_ylabel(axis)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False, loc="best")
+    write_figure(path, figure)
+
+
+def training_curves(path: str | os.PathLike, logs: dict[str, Rows]) -> None:
+    """Losses above, FID of the monitor below (logarithmic), over epochs: a column for each training."""
+    figure = Figure(figsize=(3.4 * len(logs), 5.0), dpi=150, layout="constrained")
+    for (title, rows), (upper, lower) in zip(logs.items(), figure.subplots(2, len(logs), squeeze=False).T):
+        epochs = [row["epoch"] for row in rows]
+        for (name, label), (colour, line) in zip(_loss_names(rows).items(), (("#0072b2", "-"), ("#d55e00", "--"))):
+            upper.plot(epochs, [row[name] for row in rows], color=colour, linestyle=line, label=label)
+        scored = [row for row in rows if row.get("fid") is not None]
+        lower.plot([row["epoch"] for row in scored], [row["fid"] for row in scored], color="black", marker="o", markersize=3)
+        best = min(scored, key=lambda row: row["fid"])
+        lower.annotate(f"best {best['fid']:.2f}", (best["epoch"], best["fid"]), (-4, 10), textcoords="offset points",
+                       ha="right")  # fmt: skip
+        upper.set_title(title)
+        upper.set_ylabel("loss")
+        upper.legend(frameon=False)
+        lower.set(yscale="log", xlabel="epoch", ylabel="FID (mnist extractor, training set)")
+    write_figure(path, figure)
+
+
+def _loss_names(rows: Rows) -> dict[str, str]:
+    names = {"loss": "diffusion", "loss_d": "discriminator", "loss_g": "generator"}
+    return {name: label for name, label in names.items() if name in rows[0]}
+
+
+def quality_against_cost(path: str | os.PathLike, rows: Rows, curves: dict[str, Rows]) -> None:
+    """FID ratio over network evaluations and over images/s, all logarithmic.
+
+    Args:
+        rows: of metrics.json, the models.
+        curves: sampler -> rows of samplers.csv, averaged over their seeds.
+    """
+    figure = Figure(figsize=(9.0, 4.0), dpi=150, layout="constrained")
+    for axes, cost, label in zip(
+        figure.subplots(1, 2), ("evaluations", "images_per_second"), ("network evaluations per image", "images per second")
+    ):
+        for (sampler, points), line in zip(curves.items(), ("-", "--", ":", "-.")):
+            axes.errorbar([point[cost] for point in points], [point["fid_ratio"] for point in points],
+                          [point["fid_ratio_std"] for point in points], color="#777777", linestyle=line, marker=".",
+                          capsize=2, label=sampler)  # fmt: skip
+        for row in rows:
+            name, colour, marker, _ = STYLES[row["model"]]
+            axes.errorbar(row[cost], row["fid_ratio"], row["fid_ratio_std"], color=colour, marker=marker, markersize=8,
+                          markeredgecolor="black", linestyle="", capsize=3, label=name)  # fmt: skip
+        axes.axhline(1, color="black", linewidth=1)
+        axes.annotate("real digits", (0.01, 1), xycoords=("axes fraction", "data"), va="bottom")
+        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID / FID of real digits")
+    axes.legend(frameon=False, fontsize=8)
+    write_figure(path, figure)
+
+
+def heat_map(path: str | os.PathLike, rows: Rows) -> None:
+    """FID ratio of each digit (columns) for each conditional model (rows), with its number in the cell."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    values = np.array([[row["fid_ratio"] for row in rows if row["model"] == model] for model in models])
+    figure = Figure(figsize=(7.0, 1.2 + 0.55 * len(models)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(np.log2(values), cmap="cividis", vmin=0, vmax=max(1.0, np.log2(values).max()), aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        dark = np.log2(value) < 0.5 * image.norm.vmax
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", color="white" if dark else "black")
+    axes.set_xticks(range(10))
+    axes.set_yticks(range(len(models)), [label_of(model) for model in models])
+    axes.set_title("FID of a digit / FID of that digit's real images, at the same n", fontsize=10)
+    write_figure(path, figure)
+
+
+def neighbours(path: str | os.PathLike, panels: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Samples above their closest training digits, a block for each model.
+
+    Args:
+        panels: title, uint8 samples [N, 28, 28], and their K nearest training digits [N, K, 28, 28].
+    """
+    rows = 1 + panels[0][2].shape[1]
+    columns = len(panels[0][1])
+    figure = Figure(figsize=(0.55 * columns + 0.4, (0.55 * rows + 0.35) * len(panels)), dpi=150, layout="constrained")
+    for part, (title, samples, nearest) in zip(figure.subfigures(len(panels), 1, squeeze=False)[:, 0], panels):
+        part.suptitle(title, fontsize=9)
+        grid = part.subplots(rows, columns)
+        for column in range(columns):
+            for row, picture in enumerate([samples[column], *nearest[column]]):
+                _show_digit(grid[row, column], picture, framed=row == 0)
+    write_figure(path, figure)
+
+
+def _show_digit(axes: Axes, picture: np.ndarray, framed: bool) -> None:
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set(visible=framed, color="#d55e00", linewidth=1.5)
