@@ -22,9 +22,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--models", nargs="+", default=SHIPPED, help="generator checkpoints to score")
-    flag("--n", type=sample_count, default=10_000, help="samples for each seed; also the size of the floor's subsets")
+    flag("--n", type=sample_count, default=10_000, help="samples for each seed; also the size of the floor's subsets; above "
+         "10000 the reference is the training set, and there is no floor")  # fmt: skip
     flag("--seeds", type=positive_int, default=3, help="sampling seeds: figures are given as their mean and deviation")
     flag("--seed", type=seed_number, default=0, help="the first of the seeds")
+    flag("--extractor", choices=("mnist", "inception"), default="mnist",
+         help="mnist: the digit classifier that is shipped; inception: the network of published FIDs")  # fmt: skip
+    flag("--inception-weights", type=Path, default=None,
+         help="file of its weights (default: the canonical ones, 91 MB, downloaded once)")  # fmt: skip
     add_sampling_flags(parser)
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -33,7 +38,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.n < MIN_SAMPLES:
         parser.error(f"--n {args.n} leaves too few samples of a digit; give at least {MIN_SAMPLES}")
-    protocol = ("models", "n", "seeds", "seed", "sampler", "steps", "guidance")
+    if args.inception_weights and args.extractor != "inception":
+        parser.error("--inception-weights needs --extractor inception")
+    protocol = ("models", "n", "seeds", "seed", "extractor", "sampler", "steps", "guidance")
     default = all(getattr(args, name) == parser.get_default(name) for name in protocol)
     args.out_dir = Path(args.out_dir or ("reports" if default else "runs/reports"))
     return args
@@ -44,35 +51,30 @@ def main(argv: list[str] | None = None) -> None:
 
     import data
     from checkpoint import load_generator
-    from evaluation import FLOOR_SUBSETS, Extractor, TestSet, proportional_labels
+    from evaluation import RealDigits, proportional_labels
 
     # Load: the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
     generators = {path: load_generator(path, device) for path in args.models}
     jobs = plan(args, generators)
+    extractor = load_extractor(args, device)
     data_dir = args.data_dir or data.default_data_dir()
-    train = data.load_digits("mnist", "train", data_dir, device)
-    test = data.load_digits("mnist", "test", data_dir, device)
-    if args.n > len(test):
-        raise ExpectedError(f"--n {args.n} is more than the {len(test)} test digits; the figures would lose their floor")
-    reference = TestSet(test, train, Extractor(device))
-    table = Table(args.n, args.seed, device)
-
-    # Real digits: the floor (random training digits, scored like samples), and what the test digits reach themselves
-    scores = []
-    for i in range(FLOOR_SUBSETS):
-        subset = train.subset(args.n, "floor", i)
-        scores.append(reference.score(subset.images, i, subset.labels, memorised=False))
-    table.add("real training digits", scores)
-    table.add("real test digits", [(reference.own_figures(), [])])
-
-    # The models, with several seeds; where digits can be asked for, it is the test set's own labels
+    train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
+    target = train if args.n > len(test) else test
     evaluations = args.n * args.seeds * sum(job.evaluations for job in jobs)
+    print(f"to do: {evaluations:,} network evaluations in {args.seeds} x {len(jobs)} samplings, each of them scored")
+
+    # Real digits: the marks of the others
+    reference = RealDigits(target, test, train, extractor)
+    table = Table(args, "mnist test" if target is test else "mnist train", device)
+    score_real_digits(args, reference, table, train, target)
+
+    # The models, with several seeds; where digits can be asked for, it is the reference's own labels
     with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None) as bar:
         for job in jobs:
             scores = []
             for seed in range(args.seed, args.seed + args.seeds):
-                labels = proportional_labels(test, args.n, seed) if job.by_digit else None
+                labels = proportional_labels(target, args.n, seed) if job.by_digit else None
                 samples, cost = draw(job, args.n, labels, keyed_generator("cpu", seed, "evaluate"), bar)
                 figures, digits = reference.score(data.to_uint8(samples), seed, labels)
                 scores.append((cost | figures, digits))
@@ -80,7 +82,33 @@ def main(argv: list[str] | None = None) -> None:
             table.add(job.name, scores, job.description)
 
     command = shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])])
-    table.write(args.out_dir, {"command": command, "versions": provenance()})
+    origin = {"command": command, "versions": provenance(), "extractor_sha256": extractor.sha256}
+    table.write(args.out_dir, origin)
+
+
+def load_extractor(args: argparse.Namespace, device):
+    """What turns images into the features that are compared."""
+    if args.extractor == "inception":
+        from inception import InceptionExtractor
+
+        return InceptionExtractor(device, args.inception_weights)
+    from evaluation import Extractor
+
+    return Extractor(device)
+
+
+def score_real_digits(args: argparse.Namespace, reference, table: Table, train, target) -> None:
+    """The floor (random training digits, scored like samples), and what the reference digits reach by themselves.
+
+    Against the training set there is no floor: its digits would be compared with themselves.
+    """
+    from evaluation import FLOOR_SUBSETS
+
+    if target is not train:
+        subsets = [train.subset(args.n, "floor", i) for i in range(FLOOR_SUBSETS)]
+        scores = [reference.score(part.images, i, part.labels, memorised=False) for i, part in enumerate(subsets)]
+        table.add("real training digits", scores)
+    table.add("real training digits" if target is train else "real test digits", [(reference.own_figures(), [])])
 
 
 class Job(NamedTuple):
@@ -133,7 +161,7 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
             jobs.append(Job(name, path, generator, False, options))
             name += ", by digit"
         jobs.append(Job(name, path, generator, classes > 0, options))
-    return jobs
+    return sorted(jobs, key=lambda job: job.by_digit)
 
 
 def draw(job: Job, n: int, labels, rng, bar: tqdm):
@@ -156,8 +184,9 @@ def draw(job: Job, n: int, labels, rng, bar: tqdm):
 class Table:
     """The rows of metrics.csv and metrics_by_digit.csv. The row that is added first is the floor of the later ratios."""
 
-    def __init__(self, n: int, seed: int, device: object):
-        self.protocol = {"n": n, "extractor": "mnist", "reference": "mnist test", "first_seed": seed, "device": str(device)}
+    def __init__(self, args: argparse.Namespace, reference: str, device: object):
+        self.protocol = {"n": args.n, "extractor": args.extractor, "reference": reference, "first_seed": args.seed,
+                         "device": str(device)}  # fmt: skip
         self.rows: list[dict] = []
         self.digit_rows: list[dict] = []
 
@@ -195,7 +224,7 @@ def summarise(scores: list[dict[str, float]]) -> dict[str, float]:
 
 def with_ratio(summary: dict[str, float], floor: dict[str, float] | None) -> dict[str, float]:
     """The summary, after the ratio of its FID to the floor's, where both are known."""
-    if floor is None or "fid" not in summary:
+    if floor is None or "fid" not in floor or "fid" not in summary:
         return summary
     return {"fid_ratio": summary["fid"] / floor["fid"], "fid_ratio_std": summary["fid_std"] / floor["fid"], **summary}
 

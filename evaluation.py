@@ -25,6 +25,7 @@ CLASSIFIER_SHA256 = "0721f5905ba150b02c92f010b7f543d1a8d15754b544f67b358196077fd
 STATISTICS_NAME = "classifier_statistics.pt"
 FLOOR_SUBSETS = 8
 FLOOR_SIZES = (500, 1000, 2000, 5000, 10_000)
+NEIGHBOURHOOD = 10_000  # features on either side of precision, recall, density and coverage
 CHUNK = 250  # images a forward pass: the fastest on a CPU, whose caches larger ones leave
 
 
@@ -34,6 +35,8 @@ class Extractor:
     Raises:
         ExpectedError: the file is missing, or is not the pinned one (`sha256`; an empty string accepts any).
     """
+
+    name, knows_digits = "mnist", True
 
     def __init__(
         self, device: torch.device | str = "cpu", path: Path = CHECKPOINTS / "classifier.pt", sha256: str = CLASSIFIER_SHA256
@@ -226,24 +229,29 @@ def proportional_labels(digits: Digits, n: int, seed: int) -> Tensor:
     return digits.labels.cpu()[order].repeat(-(-n // len(order)))[:n]
 
 
-class TestSet:
-    """The MNIST test set as the reference of `score`, with what every row shares computed once.
+class RealDigits:
+    """Real digits as the reference of `score`, with what every row shares computed once.
 
     Args:
-        test, train: both splits; the training digits serve the memorisation figures alone.
+        reference: what the samples are compared with: the test set, or the training set for more samples than it has.
+        test, train: both splits, for the memorisation figures.
+        extractor: `Extractor`, or one of the same kind.
     """
 
-    def __init__(self, test: Digits, train: Digits, extractor: Extractor):
-        self.extractor, self.labels = extractor, test.labels
-        self.features, self.probabilities = extractor(test.images)
+    def __init__(self, reference: Digits, test: Digits, train: Digits, extractor: Extractor):
+        self.extractor, self.labels = extractor, reference.labels
+        self.features, self.probabilities = extractor(reference.images)
         self.statistics = metrics.gaussian(self.features)
         self.train_images = train.images
         self.test_distances, _ = metrics.nearest_neighbours(test.images, train.images)
 
     def own_figures(self) -> dict[str, float]:
-        """What the test digits reach by themselves: the marks of label accuracy and inception score."""
+        """What the reference digits reach by themselves: the marks of label accuracy and inception score."""
         inception = metrics.inception_score(self.probabilities, keyed_generator("cpu", 0, "splits"))
-        return {"is": inception.mean, "label_accuracy": metrics.label_accuracy(self.probabilities, self.labels)}
+        figures = {"is": inception.mean}
+        if self.extractor.knows_digits:
+            figures["label_accuracy"] = metrics.label_accuracy(self.probabilities, self.labels)
+        return figures
 
     def score(
         self, images: Tensor, seed: int, labels: Tensor | None = None, memorised: bool = True
@@ -261,13 +269,13 @@ class TestSet:
             "kid": metrics.kernel_distance(self.features, features, keyed_generator("cpu", seed, "kid")).mean,
             "is": inception.mean,
             "is_splits": inception.std,
-            **metrics.fidelity(self.features, features)._asdict(),
+            **metrics.fidelity(*(_at_most(part, NEIGHBOURHOOD, seed) for part in (self.features, features)))._asdict(),
         }
         if memorised:
             distances, _ = metrics.nearest_neighbours(images, self.train_images)
             found = metrics.memorisation(distances, self.test_distances)
             scores |= {f"nearest_{name}": value for name, value in found._asdict().items()}
-        if labels is None:
+        if labels is None or not self.extractor.knows_digits:
             return scores, []
         labels = labels.to(features.device)
         scores["label_accuracy"] = metrics.label_accuracy(probabilities, labels)
@@ -281,3 +289,10 @@ class TestSet:
             **metrics.fidelity(real, fake)._asdict(),
             "label_accuracy": metrics.label_accuracy(probabilities[asked], labels[asked]),
         }
+
+
+def _at_most(features: Tensor, n: int, seed: int) -> Tensor:
+    """A random `n` of the rows, or all of fewer: the figures of neighbourhoods need equal sizes to be compared."""
+    if len(features) <= n:
+        return features
+    return features[torch.randperm(len(features), generator=keyed_generator("cpu", seed, "subset"))[:n].to(features.device)]

@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, error_line, run_process
 from test_models import small
 
+import data
 import plots
 from checkpoint import file_sha256, load_generator, save_model
 from data import to_uint8
@@ -120,10 +121,10 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
     args = ["--n", 500, "--seeds", 2, "--steps", 2, "--guidance", 1.5, "--data-dir", mnist_dir, "--out-dir", tmp_path]
     code, _, err = run("evaluate.py", "--models", *models, *args)
     assert code == 0, err
-    rows = real, test, gan, cgan, ddpm, by_digit = read_csv(tmp_path / "metrics.csv")
+    rows = real, test, gan, ddpm, cgan, by_digit = read_csv(tmp_path / "metrics.csv")
     names = [row["model"] for row in rows]
-    assert names == ["real training digits", "real test digits", "dcgan", "cdcgan", "ddpm", "ddpm, by digit"]
-    assert [row["evaluations"] for row in rows] == ["", "", "1", "1", "2", "4"]
+    assert names == ["real training digits", "real test digits", "dcgan", "ddpm", "cdcgan", "ddpm, by digit"]
+    assert [row["evaluations"] for row in rows] == ["", "", "1", "2", "1", "4"]
     assert float(real["fid"]) < float(gan["fid"]) and float(real["is"]) > float(gan["is"])
     assert float(gan["fid_ratio"]) == pytest.approx(float(gan["fid"]) / float(real["fid"]), rel=1e-4)
     assert all(gan[f"{name}_std"] for name in ("fid", "kid", "recall", "coverage", "nearest_share_close"))
@@ -150,6 +151,17 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
     ):
         code, _, err = run("evaluate.py", "--models", *args, "--out-dir", tmp_path)
         assert code == 1 and reason in error_line(err)
+
+
+def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_dir, run, tmp_path, monkeypatch):
+    load = data.load_digits
+    monkeypatch.setattr(data, "load_digits", lambda *args: load(*args).subset({"train": 900, "test": 300}[args[1]], "few"))
+    args = ["--models", SHIPPED, "--n", 400, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", tmp_path]
+    code, out, err = run("evaluate.py", *args)
+    assert code == 0 and "to do: 400 network evaluations" in out, err
+    real, gan = read_csv(tmp_path / "metrics.csv")
+    assert (real["model"], real["reference"], gan["model"]) == ("real training digits", "mnist train", "dcgan")
+    assert float(real["is"]) > 9 and float(gan["fid"]) > 0 and "fid_ratio" not in gan
 
 
 def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):

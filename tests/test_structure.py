@@ -25,6 +25,7 @@ ROOMS = {
     "models": {"classifier", "diffusion", "interface", "unet"},
     "checkpoint": {"models", "utils"},
     "evaluation": {"checkpoint", "data", "metrics", "utils"},
+    "inception": {"checkpoint", "utils"},
     "callbacks": {"checkpoint", "data", "plots", "training", "utils"},
     "experiment": {"callbacks", "checkpoint", "data", "evaluation", "training", "utils"},
     "adversarial": {"experiment", "models", "training", "utils"},
