@@ -242,6 +242,8 @@ class RealDigits:
         self.extractor, self.labels = extractor, reference.labels
         self.features, self.probabilities = extractor(reference.images)
         self.statistics = metrics.gaussian(self.features)
+        self.neighbours = _at_most(self.features, NEIGHBOURHOOD, 0)
+        self.radius = metrics.ball_radius(self.neighbours)
         self.train_images = train.images
         self.test_distances, _ = metrics.nearest_neighbours(test.images, train.images)
 
@@ -269,7 +271,7 @@ class RealDigits:
             "kid": metrics.kernel_distance(self.features, features, keyed_generator("cpu", seed, "kid")).mean,
             "is": inception.mean,
             "is_splits": inception.std,
-            **metrics.fidelity(*(_at_most(part, NEIGHBOURHOOD, seed) for part in (self.features, features)))._asdict(),
+            **self._fidelity(_at_most(features, NEIGHBOURHOOD, seed))._asdict(),
         }
         if memorised:
             distances, _ = metrics.nearest_neighbours(images, self.train_images)
@@ -280,6 +282,9 @@ class RealDigits:
         labels = labels.to(features.device)
         scores["label_accuracy"] = metrics.label_accuracy(probabilities, labels)
         return scores, [self._score_digit(digit, features, probabilities, labels) for digit in range(NUM_CLASSES)]
+
+    def _fidelity(self, features: Tensor) -> metrics.Fidelity:
+        return metrics.fidelity(self.neighbours, features, real_radius=self.radius)
 
     def _score_digit(self, digit: int, features: Tensor, probabilities: Tensor, labels: Tensor) -> dict[str, float]:
         asked, real = labels == digit, self.features[self.labels == digit]

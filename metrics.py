@@ -138,18 +138,22 @@ def kernel_distance(
     return estimate(values)
 
 
-def fidelity(real: Tensor, fake: Tensor, k: int = 5) -> Fidelity:
+def fidelity(real: Tensor, fake: Tensor, k: int = 5, real_radius: Tensor | None = None) -> Fidelity:
     """Precision, recall, density and coverage from k-nearest-neighbour balls around features [N, D] and [M, D].
 
     Precision: share of samples inside some real ball; recall: share of real features inside some sample's ball;
     density: mean number of real balls around a sample, over k; coverage: share of real balls that hold a sample.
+
+    Args:
+        real_radius: `ball_radius(real, k)`, where it is known already.
 
     Raises:
         ValueError: not more than `k` features on a side, or one that is not finite.
     """
     for features in (real, fake):
         _check_features(features, at_least=k + 1)
-    real_radius, fake_radius = _ball_radius(real, k), _ball_radius(fake, k)
+    real_radius = ball_radius(real, k) if real_radius is None else real_radius
+    fake_radius = ball_radius(fake, k)
     balls = torch.zeros(len(fake), device=fake.device)  # real balls around each sample
     recalled, covered = 0, 0
     for rows, radius in zip(real.split(CHUNK), real_radius.split(CHUNK)):
@@ -166,7 +170,7 @@ def fidelity(real: Tensor, fake: Tensor, k: int = 5) -> Fidelity:
     )
 
 
-def _ball_radius(features: Tensor, k: int) -> Tensor:
+def ball_radius(features: Tensor, k: int = 5) -> Tensor:
     """Distance [N] of each feature to its k-th nearest other one."""
     radii = []
     for start in range(0, len(features), CHUNK):

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_process
 
 import data
 import evaluation
@@ -125,19 +125,11 @@ def test_a_conditional_model_is_asked_for_the_real_proportions(test_digits):
     assert torch.equal(repeated[:30], repeated[30:60]) and len(repeated) == 70
 
 
-def test_the_score_moves_with_the_damage(extractor, test_digits):
-    """Noise and blur are worse the stronger they are; real digits are best."""
-    reference = evaluation.load_reference("test", extractor)
-    few = test_digits.subset(2000, "damage").images
-
-    def fid(images: torch.Tensor) -> float:
-        return metrics.frechet_distance(metrics.gaussian(extractor(images)[0]), reference.statistics.whole)
-
-    noise = torch.randn(few.shape, generator=keyed_generator("cpu", "noise"))
-    noisy = [fid((few + level * noise).clamp(0, 255).to(torch.uint8)) for level in (0, 8, 32, 64)]
-    assert noisy == sorted(noisy) and noisy[1] > 1.2 * noisy[0]
-    blurred = fid(torch.nn.functional.avg_pool2d(few.float(), 3, stride=1, padding=1).round().to(torch.uint8))
-    assert blurred > 3 * noisy[0]
+def test_every_figure_gets_worse_with_damage(mnist_dir, tmp_path):
+    """benchmarks/self_check.py: noise, blur, shifts and missing classes, each at several levels."""
+    result = run_process("benchmarks/self_check.py", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")
+    assert result.returncode == 0, result.stderr
+    assert "every figure gets worse" in result.stdout and len((tmp_path / "a.csv").read_text().splitlines()) == 19
 
 
 # The trainings by their title: the files that each has shipped, the generator first
