@@ -22,9 +22,14 @@ STYLES = {  # model -> label, colour, marker, hatch
 Rows = list[dict]
 
 
+def style_of(model: str) -> tuple[str, str, str, str]:
+    """Label, colour, marker and hatch of a model of metrics.json; grey for one that is not known here."""
+    return STYLES.get(model, (model, "#999999", "P", ""))
+
+
 def label_of(model: str) -> str:
     """How a model of metrics.json is called in print."""
-    return STYLES[model][0] if model in STYLES else model
+    return style_of(model)[0]
 
 
 def write_figure(path: str | os.PathLike, figure: Figure) -> None:
@@ -38,7 +43,7 @@ def compare(path: str | os.PathLike, rows: Rows, name: str, axis: str, real: dic
     figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(rows):
-        _, colour, _, hatch = STYLES.get(row["model"], ("", "#999999", "o", ""))
+        _, colour, _, hatch = style_of(row["model"])
         deviation = row[f"{name}_std"]
         axes.bar(position, row[name], 0.6, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
         axes.errorbar(position, row[name], deviation, color="black", capsize=4)
@@ -95,7 +100,7 @@ def quality_against_cost(path: str | os.PathLike, rows: Rows, curves: dict[str, 
                           [point["fid_ratio_std"] for point in points], color="#777777", linestyle=line, marker=".",
                           capsize=2, label=sampler)  # fmt: skip
         for row in rows:
-            name, colour, marker, _ = STYLES[row["model"]]
+            name, colour, marker, _ = style_of(row["model"])
             axes.errorbar(row[cost], row["fid_ratio"], row["fid_ratio_std"], color=colour, marker=marker, markersize=8,
                           markeredgecolor="black", linestyle="", capsize=3, label=name)  # fmt: skip
         axes.axhline(1, color="black", linewidth=1)
@@ -144,3 +149,22 @@ def _show_digit(axes: Axes, picture: np.ndarray, framed: bool) -> None:
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set(visible=framed, color="#d55e00", linewidth=1.5)
+
+
+def sampler_curve(path: str | os.PathLike, curves: dict[str, dict[int, tuple[float, float]]], caption: str) -> None:
+    """FID ratio over network evaluations, both logarithmic: sampler -> evaluations -> (mean, deviation)."""
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    styles = zip(("#0072b2", "#d55e00", "#cc79a7", "#009e73"), "osv^", ("-", "--", ":", "-."))
+    for (name, points), (colour, marker, line) in zip(curves.items(), styles):
+        means, deviations = zip(*points.values())
+        axes.errorbar(list(points), means, deviations, label=name, color=colour, marker=marker, linestyle=line, capsize=3)
+    axes.axhline(1, color="black", linewidth=1)
+    axes.annotate("real digits", (0.99, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    ticks = sorted({steps for points in curves.values() for steps in points})
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel="FID / FID of real digits")
+    axes.set_xticks(ticks, [str(steps) for steps in ticks])
+    axes.minorticks_off()
+    axes.set_title(f"Quality against cost ({caption}; bars: deviation over seeds)", fontsize=10)
+    axes.legend(frameon=False)
+    write_figure(path, figure)

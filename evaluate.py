@@ -191,7 +191,7 @@ class Table:
         self.digit_rows: list[dict] = []
 
     def add(self, model: str, scores: list[tuple[dict, list[dict]]], description: dict | None = None) -> None:
-        """Add and print a model, given what `TestSet.score` returned for each repetition."""
+        """Add and print a model, given what `RealDigits.score` returned for each repetition."""
         figures, by_digit = zip(*scores)
         floor = self.rows[0] if self.rows else None
         head = {"model": model, **self.protocol, "repeats": len(scores)}

@@ -68,25 +68,3 @@ def write_side_by_side(path: str | os.PathLike, panels: list[tuple[str, Tensor]]
         axes.set_axis_off()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})
-
-
-def write_sampler_curve(path: str | os.PathLike, curves: dict[str, dict], caption: str) -> None:
-    """Draw FID ratio over network evaluations, both logarithmic: sampler -> evaluations -> (mean, deviation)."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
-    axes = figure.subplots()
-    styles = zip(("#0072b2", "#d55e00", "#cc79a7", "#009e73"), "osv^", ("-", "--", ":", "-."))  # also without colours
-    for (name, points), (colour, marker, line) in zip(curves.items(), styles):
-        means, deviations = zip(*points.values())
-        axes.errorbar(list(points), means, deviations, label=name, color=colour, marker=marker, linestyle=line, capsize=3)
-    axes.axhline(1, color="black", linewidth=1)
-    axes.annotate("real digits", (0.99, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    ticks = sorted({steps for points in curves.values() for steps in points})
-    axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel="FID / FID of real digits")
-    axes.set_xticks(ticks, [str(steps) for steps in ticks])
-    axes.minorticks_off()
-    axes.set_title(f"Quality against cost ({caption}; bars: deviation over seeds)", fontsize=10)
-    axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})

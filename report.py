@@ -84,6 +84,8 @@ def read_metrics(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text())
         if not all(name in metrics for name in ("command", "versions", "rows", "rows_by_digit")):
             raise ValueError("it lacks some of its entries")
+        if missing := {"real training digits", "real test digits"} - {row["model"] for row in metrics["rows"]}:
+            raise ValueError(f"it has no {missing.pop()}")
     except (OSError, ValueError) as error:
         raise ExpectedError(f"{path} cannot be read ({error}); run evaluate.py first") from error
     return metrics

@@ -11,7 +11,6 @@ requirements-dev.txt.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import statistics
 import sys
@@ -20,9 +19,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import add_timing_flags, measure, report
+from timing import add_timing_flags, measure, report, size_of
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import flags
@@ -58,8 +56,9 @@ def main() -> None:
     }
     rates |= measure(args, loops)
 
-    print("ours:     ", size_of(our_network(device).unet, device))
-    print("diffusers:", size_of(their_network(device), device))
+    for name, network in (("ours", our_network(device)), ("diffusers", their_network(device))):
+        parameters, gflop = size_of(network, device)
+        print(f"{name}: {parameters:.3f} million parameters, {gflop:.3f} GFLOP forward")
     report(args, device, rates, "EMA, gradient clip and optimizer included")
     for precision in ("fp32", "bf16"):
         ours = statistics.median(rates[f"ours, {precision}"])
@@ -89,14 +88,6 @@ def their_network(device):
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     ).to(device)  # fmt: skip
-
-
-def size_of(network, device) -> str:
-    images, indices = torch.zeros(1, 1, 28, 28, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(network)(images, indices, indices)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return f"{parameters / 1e6:.3f} million parameters, {counter.get_total_flops() / 1e9:.3f} GFLOP forward"
 
 
 def their_loop(args, digits, precision: str):

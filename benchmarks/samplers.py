@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tqdm import tqdm
 
+import charts
 import data
 import diffusion
 import flags
-import plots
 from checkpoint import file_sha256, load_generator
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
@@ -74,7 +74,7 @@ def main() -> None:
 
     write_csv(table, rows)  # also where nothing was left to do but to drop rows
     summary = summarise(rows)
-    plots.write_sampler_curve(args.out_dir / "samplers.png", summary, f"{args.n} samples a seed")
+    charts.sampler_curve(args.out_dir / "samplers.png", summary, f"{args.n} samples a seed")
     for name, points in summary.items():
         for steps, fid_ratio in points.items():
             spread = "(one seed)" if math.isnan(fid_ratio.std) else f"+- {fid_ratio.std:.2f}"

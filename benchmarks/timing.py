@@ -1,4 +1,4 @@
-"""What the benchmarks of training steps share: timing loops in turn, and printing their rates beside the first one's."""
+"""What the benchmarks share: timing loops in turn, printing their rates beside the first one's, sizes of networks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def add_timing_flags(flag, positive_int) -> None:
@@ -42,3 +44,11 @@ def report(args, device, rates: dict[str, list[float]], what: str) -> None:
     for name, values in rates.items():
         median = statistics.median(values)
         print(f"{name:42s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})   x {median / base:.2f}")
+
+
+def size_of(network: nn.Module, device: torch.device) -> tuple[float, float]:
+    """Parameters in millions, and GFLOP of an evaluation of one image, of a network called with image, time and label."""
+    image, index = torch.zeros(1, 1, 28, 28, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(image, index, index)
+    return sum(parameter.numel() for parameter in network.parameters()) / 1e6, counter.get_total_flops() / 1e9

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from timing import size_of
 
 import data
 import flags
@@ -52,11 +52,13 @@ def main() -> None:
     for width, seed in itertools.product(args.widths, range(args.seeds)):
         state, network = train(args, digits, width, seed)
         scorer = training_scorer(digits, extractor, args.n, 0, conditional=True, options={"steps": 10})
+        parameters, gflop = size_of(network, device)
         start = time.perf_counter()
         figures = scorer(network)
         rows.append({
             "width": width, "seed": seed, "minutes": state.seconds / 60, "device": str(device), "precision": args.precision,
-            **size_of(network, device), "steps": state.step, "images_per_second": state.images / state.seconds,
+            "parameters_m": parameters, "gflop": gflop, "steps": state.step,
+            "images_per_second": state.images / state.seconds,
             "samples_per_second": args.n / (time.perf_counter() - start), "n": args.n,
             **{name: figures[name] for name in ("fid", "fid_ratio", "is", "label_accuracy")},
         })  # fmt: skip
@@ -90,15 +92,6 @@ def run_steps(args, digits: data.Digits, network, seed: int, steps: int):
         torch.cuda.synchronize()
     state.tick()
     return state, ema.model
-
-
-def size_of(network, device) -> dict[str, float]:
-    """Parameters in millions, and GFLOP of an evaluation of one image."""
-    image, index = torch.zeros(1, 1, 28, 28, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(image, index, index)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
-    return {"parameters_m": parameters / 1e6, "gflop": counter.get_total_flops() / 1e9}
 
 
 if __name__ == "__main__":
