@@ -30,14 +30,16 @@ class DiffusionStep:
         precision: str,
         grad_clip: float,
         label_dropout: float,
+        time_power: float,
     ):
         self.model, self.optimizer, self.state, self.seed = model, optimizer, state, seed
-        self.precision, self.grad_clip, self.label_dropout = precision, grad_clip, label_dropout
+        self.precision, self.grad_clip = precision, grad_clip
+        self.label_dropout, self.time_power = label_dropout, time_power
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
         with autocast(images.device, self.precision):
-            loss = self.model.loss(images, labels, rng, self.label_dropout)
+            loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power)
         self.optimizer.zero_grad()
         loss.backward()
         if self.grad_clip:
@@ -63,7 +65,14 @@ def train_ddpm(args: argparse.Namespace) -> None:
 
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     step = DiffusionStep(
-        model, optimizer, run.state, args.seed, run.precision, grad_clip=args.grad_clip, label_dropout=args.label_dropout
+        model,
+        optimizer,
+        run.state,
+        args.seed,
+        run.precision,
+        grad_clip=args.grad_clip,
+        label_dropout=args.label_dropout,
+        time_power=args.time_power,
     )
     sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     run.train(step, model, {"model": model}, {"lr": optimizer}, {"": ("ddpm", model)}, sampling)

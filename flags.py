@@ -88,8 +88,8 @@ REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "const
              "early_stop": True, "patience": 10, "warmup_steps": 0}  # fmt: skip
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
 CGAN_REFERENCE = GAN_REFERENCE | {"epochs": 80}
-DIFFUSION_REFERENCE = {"width": 64, "timesteps": 1000, "schedule": "linear", "prediction": "eps", "grad_clip": 1.0,
-                       "label_dropout": 0.1}  # fmt: skip
+DIFFUSION_REFERENCE = {"width": 16, "timesteps": 1000, "schedule": "linear", "prediction": "eps", "time_power": 1.0,
+                       "grad_clip": 1.0, "label_dropout": 0.1}  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +185,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--timesteps", type=positive_int, default=1000, help="noise levels of the forward process")
     flag("--schedule", choices=("linear", "cosine"), default="cosine", help="how the noise grows with time")
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
+    flag("--time-power", type=positive_float, default=0.75,
+         help="training times are timesteps * u^power, u uniform; below 1 noisy ones are more frequent")  # fmt: skip
     flag("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no bound")
     flag(
         "--label-dropout",
@@ -197,7 +199,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
          help="network evaluations of that sampler (default: 10, or all of fewer timesteps)")  # fmt: skip
     flag("--guidance", type=guidance_weight, default=1.0,
          help="guidance of those samples: 1 is plain conditional sampling; beyond it they cost twice as much")  # fmt: skip
-    parser.set_defaults(width=32, lr=1e-3, lr_schedule="cosine", warmup_steps=500)
+    parser.set_defaults(width=16, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=500)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -> None:

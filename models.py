@@ -201,7 +201,7 @@ def _init_weights(module: nn.Module) -> None:
 class DDPMConfig:
     """`width`: channels of the U-Net at 28x28; the others: see diffusion.py. `num_classes=0` is unconditional."""
 
-    width: int = 32
+    width: int = 16
     num_classes: int = 10
     timesteps: int = 1000
     schedule: str = "cosine"
@@ -235,14 +235,17 @@ class DDPM(nn.Module):
         """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes."""
         return self.unet(x, time * (1000 / self.config.timesteps), labels)
 
-    def loss(self, images: Tensor, labels: Tensor, rng: torch.Generator, label_dropout: float) -> Tensor:
+    def loss(
+        self, images: Tensor, labels: Tensor, rng: torch.Generator, label_dropout: float = 0.0, time_power: float = 1.0
+    ) -> Tensor:
         """Mean squared error of the prediction, scalar, for images [B, 1, 28, 28] in [-1, 1] and labels [B].
 
         Args:
             rng: generator on the images' device, of times, noise and dropped labels.
             label_dropout: the share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1).
+            time_power: how the times are distributed, see `diffusion.stratified_times`.
         """
-        time = diffusion.stratified_times(len(images), self.config.timesteps, rng)  # [B]
+        time = diffusion.stratified_times(len(images), self.config.timesteps, rng, time_power)  # [B]
         alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
         eps = torch.randn(images.shape, generator=rng, device=images.device)
         share = label_dropout if self.config.num_classes else 1.0

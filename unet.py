@@ -13,11 +13,12 @@ HEAD_CHANNELS = 64  # of an attention head, or the largest divisor of it that di
 
 
 class UNet(nn.Module):
-    """A U-Net over 28x28, 14x14 and 7x7 pixels with `width`, 2 `width` and 4 `width` channels (Ho et al. 2020).
+    """A U-Net over 28x28, 14x14 and 7x7 pixels with `width`, 4 `width` and 10 `width` channels (Ho et al. 2020).
 
-    Time and class are embedded, added, and act on every residual block. Where convolutions are cheapest, at 7x7, there are
-    most blocks and the self-attention. At 28x28, which costs most by far, there is one block on either side, and the
-    skip connection is added instead of concatenated, which would double the channels.
+    Time and class are embedded, added, and act on every residual block. Where channels are cheapest, at 7x7, there are
+    most of them, and the self-attention: there the strokes come to agree over the whole digit. At 28x28, where they cost
+    sixteen times as much, there is one block on either side, and the skip connection is added instead of concatenated,
+    which would double the channels.
 
     Args:
         width: a multiple of 8.
@@ -26,26 +27,27 @@ class UNet(nn.Module):
 
     def __init__(self, width: int, num_classes: int):
         super().__init__()
-        w, c = width, 4 * width
+        fine, medium, coarse = width, 4 * width, 10 * width
+        c = coarse  # of the condition
         self.time = nn.Sequential(nn.Linear(c, c), nn.SiLU(), nn.Linear(c, c))
         self.label = nn.Embedding(num_classes + 1, c)
-        self.stem, self.enter28 = nn.Conv2d(1, w, 3, padding=1), ResBlock(w, w, c)
-        self.down14 = nn.Conv2d(w, 2 * w, 3, stride=2, padding=1)
-        self.enter14 = nn.ModuleList([ResBlock(2 * w, 2 * w, c), ResBlock(2 * w, 2 * w, c)])
-        self.down7 = nn.Conv2d(2 * w, 4 * w, 3, stride=2, padding=1)
+        self.stem, self.enter28 = nn.Conv2d(1, fine, 3, padding=1), ResBlock(fine, fine, c)
+        self.down14 = nn.Conv2d(fine, medium, 3, stride=2, padding=1)
+        self.enter14 = nn.ModuleList([ResBlock(medium, medium, c), ResBlock(medium, medium, c)])
+        self.down7 = nn.Conv2d(medium, coarse, 3, stride=2, padding=1)
         self.middle = nn.ModuleList(
             [
-                ResBlock(4 * w, 4 * w, c),
-                Attention(4 * w),
-                ResBlock(4 * w, 4 * w, c),
-                Attention(4 * w),
-                ResBlock(4 * w, 4 * w, c),
+                ResBlock(coarse, coarse, c),
+                Attention(coarse),
+                ResBlock(coarse, coarse, c),
+                Attention(coarse),
+                ResBlock(coarse, coarse, c),
             ]
         )
-        self.up14 = nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
-        self.leave14 = nn.ModuleList([ResBlock(4 * w, 2 * w, c), ResBlock(4 * w, 2 * w, c)])
-        self.up28, self.leave28 = nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1), ResBlock(w, w, c)
-        self.norm, self.head = nn.GroupNorm(GROUPS, w), nn.Conv2d(w, 1, 3, padding=1)
+        self.up14 = nn.ConvTranspose2d(coarse, medium, 4, stride=2, padding=1)
+        self.leave14 = nn.ModuleList([ResBlock(2 * medium, medium, c), ResBlock(2 * medium, medium, c)])
+        self.up28, self.leave28 = nn.ConvTranspose2d(medium, fine, 4, stride=2, padding=1), ResBlock(fine, fine, c)
+        self.norm, self.head = nn.GroupNorm(GROUPS, fine), nn.Conv2d(fine, 1, 3, padding=1)
         nn.init.normal_(self.label.weight, std=0.02)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -54,17 +56,17 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """Images [B, 1, 28, 28], times [B] in 0..1000 and labels int64 [B] -> float32 [B, 1, 28, 28]."""
         condition = self.time(sinusoids(time, self.label.embedding_dim)) + self.label(labels)
-        condition = F.silu(condition)  # [B, 4w]
+        condition = F.silu(condition)  # [B, 10w]
         fine = self.enter28(self.stem(x), condition)  # [B, w, 28, 28]
-        x = self.down14(fine)  # [B, 2w, 14, 14]
+        x = self.down14(fine)  # [B, 4w, 14, 14]
         medium = []
         for block in self.enter14:
             x = block(x, condition)
             medium.append(x)
-        x = self.down7(x)  # [B, 4w, 7, 7]
+        x = self.down7(x)  # [B, 10w, 7, 7]
         for block in self.middle:
             x = block(x, condition)
-        x = self.up14(x)  # [B, 2w, 14, 14]
+        x = self.up14(x)  # [B, 4w, 14, 14]
         for block in self.leave14:
             x = block(torch.cat([x, medium.pop()], 1), condition)
         x = self.leave28(self.up28(x) + fine, condition)  # [B, w, 28, 28]

@@ -28,14 +28,14 @@ from models import build
 from training import TrainState
 from utils import choose_device, resolve_precision, run_script, write_csv
 
-BATCH_SIZE, LEARNING_RATE, WARMUP = 128, 1e-3, 500  # of train_diffusion.py; a short training warms up for less
+BATCH_SIZE, LEARNING_RATE, WARMUP = 64, 2e-3, 500  # of train_diffusion.py; a short training warms up for less
 TIMED_STEPS = 15
 
 
 def main() -> None:
     parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--widths", type=flags.positive_int, nargs="+", default=[16, 24, 32, 48], help="widths to compare")
+    flag("--widths", type=flags.positive_int, nargs="+", default=[8, 16, 24], help="widths to compare")
     flag("--minutes", type=flags.positive_float, default=10.0, help="of training for each width")
     flag("--seeds", type=flags.positive_int, default=1, help="training seeds of each width")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples in the scoring: a size whose floor is known")
@@ -81,7 +81,7 @@ def run_steps(args, digits: data.Digits, network, seed: int, steps: int):
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
     ema, state = EMA(network, 0.999), TrainState()
     schedule = ScheduledLR([optimizer], min(WARMUP, steps // 10), steps)
-    step = DiffusionStep(network, optimizer, state, seed, args.precision, grad_clip=1.0, label_dropout=0.1)
+    step = DiffusionStep(network, optimizer, state, seed, args.precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
     schedule.on_start(state)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, BATCH_SIZE, seed, epoch))
     for images, labels in itertools.islice(batches, steps):

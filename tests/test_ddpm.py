@@ -36,7 +36,7 @@ def test_the_unet_goes_down_to_7x7_and_back(width):
     x = torch.randn(3, 1, 28, 28)
     output = network(x, torch.tensor([0.0, 500.0, 999.0]), torch.tensor([0, 5, 10]))
     assert output.shape == x.shape and output.dtype == torch.float32
-    assert {(width, 28, 28), (2 * width, 14, 14), (4 * width, 7, 7)} == set(shapes) - {(1, 28, 28)}
+    assert {(width, 28, 28), (4 * width, 14, 14), (10 * width, 7, 7)} == set(shapes) - {(1, 28, 28)}
 
 
 def seen_by_a_corner(network) -> torch.Tensor:
@@ -67,7 +67,7 @@ def test_attention_is_at_7x7():
         if isinstance(module, Attention):
             module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape[1:])))
     network(torch.randn(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
-    assert shapes and set(shapes) == {(32, 7, 7)}
+    assert shapes and set(shapes) == {(80, 7, 7)}
 
 
 def test_time_and_class_act_on_every_pixel():
@@ -85,8 +85,8 @@ def test_a_fresh_unet_predicts_zero_through_identities():
     network = build("ddpm", width=8).unet
     assert not network(torch.randn(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, dtype=torch.int64)).any()
     for block in network.middle:
-        x = torch.randn(2, 32, 7, 7)
-        assert torch.equal(block(x, torch.randn(2, 32)), x)
+        x = torch.randn(2, 80, 7, 7)
+        assert torch.equal(block(x, torch.randn(2, 80)), x)
 
 
 def test_images_do_not_mix_within_a_batch():
@@ -295,7 +295,7 @@ def test_eta_makes_ddim_random():
 
 def make_step(network, grad_clip: float = 1.0, precision: str = "fp32", lr: float = 1e-3) -> DiffusionStep:
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
-    return DiffusionStep(network, optimizer, TrainState(), 0, precision, grad_clip, label_dropout=0.1)
+    return DiffusionStep(network, optimizer, TrainState(), 0, precision, grad_clip, label_dropout=0.1, time_power=1.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
