@@ -208,7 +208,7 @@ class DDPMConfig:
     prediction: str = "v"
 
     def __post_init__(self):
-        check_int(self, "width", 8, 512)
+        check_int(self, "width", 8, 128)
         if self.width % 8:
             raise ValueError(f"DDPMConfig.width must be a multiple of 8, not {self.width}")
         check_int(self, "num_classes", 0, 1000)

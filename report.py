@@ -1,7 +1,7 @@
 """Draw the report from what was measured: charts, reports/report.html and the README's results.
 
-Reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv and the shipped pictures; nothing is
-measured here, so it takes seconds.
+Reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv and pitfalls.csv (of benchmarks/), and
+the shipped pictures; nothing is measured here, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ FIGURES = [
     ("evaluations", "network evaluations per image", 0, 1), ("images_per_second", "images/s", 0, 1),
     ("parameters", "parameters, million", 2, 1e-6),
 ]  # fmt: skip
+PITFALL_FIGURES = [
+    ("n", "samples", 0, 1), ("fid", "FID", 2, 1), ("fid_ratio", "FID / floor", 1, 1), ("is", "inception score", 2, 1),
+    ("label_accuracy", "label accuracy, %", 1, 100),
+]  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     # Read
     metrics = read_metrics(args.reports / "metrics.json")
     logs = {name: read_csv(args.reports / f"{title}_training_log.csv") for name, title in LOGS.items()}
+    pitfalls = read_csv(args.reports / "pitfalls.csv")
     curves = sampler_curves(read_csv(args.reports / "samplers.csv"))
     rows = {row["model"]: row for row in metrics["rows"]}
     models = [row for row in metrics["rows"] if row.get("checkpoint")]
@@ -69,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
     draw_samples(args, models)
 
     # Write
-    write_page(args, metrics, models, rows)
-    write_readme(args.readme, metrics)
+    write_page(args, metrics, models, rows, pitfalls)
+    write_readme(args.readme, metrics, pitfalls)
     print(f"wrote {args.reports / 'report.html'}, its figures, and the results in {args.readme}")
 
 
@@ -174,7 +179,21 @@ def table_of(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, lis
     return [charts.label_of(row["model"]) for row in rows], lines
 
 
-def write_page(args: argparse.Namespace, metrics: dict[str, Any], models: list[dict], rows: dict[str, dict]) -> None:
+def pitfall_table(pitfalls: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and the cells of each line: a mistake below the same model without it."""
+    lines = []
+    for row in pitfalls:
+        figures = [
+            "" if row.get(name) is None else f"{row[name] * factor:,.{digits}f}"
+            for name, _, digits, factor in PITFALL_FIGURES
+        ]
+        lines.append([row["model"], row["mistake"] or "none", *figures])
+    return ["", "mistake", *(title for _, title, _, _ in PITFALL_FIGURES)], lines
+
+
+def write_page(
+    args: argparse.Namespace, metrics: dict[str, Any], models: list[dict], rows: dict[str, dict], pitfalls: list[dict]
+) -> None:
     """Write report.html, with every picture inside."""
     import jinja2
 
@@ -188,6 +207,7 @@ def write_page(args: argparse.Namespace, metrics: dict[str, Any], models: list[d
         rows=rows,
         columns=columns,
         lines=lines,
+        pitfalls=pitfall_table(pitfalls),
         models=[(charts.label_of(row["model"]), sample_file(row), by_digit(row)) for row in models],
         images={path.name: inline(path) for path in files if path.suffix in (".png", ".gif")},
     )
@@ -201,8 +221,8 @@ def inline(path: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def write_readme(path: Path, metrics: dict[str, Any]) -> None:
-    """Put the table between the README's two marks.
+def write_readme(path: Path, metrics: dict[str, Any], pitfalls: list[dict[str, Any]]) -> None:
+    """Put the tables between the README's two marks.
 
     Raises:
         ExpectedError: the marks are not there.
@@ -212,14 +232,22 @@ def write_readme(path: Path, metrics: dict[str, Any]) -> None:
     if not begin or not end:
         raise ExpectedError(f"{path} has no results section between {BEGIN} and {END}")
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{results(metrics)}\n{END}{after}")
+        temporary.write_text(f"{before}{BEGIN}\n{results(metrics, pitfalls)}\n{END}{after}")
 
 
-def results(metrics: dict[str, Any]) -> str:
-    """The README's table of results, in Markdown."""
+def results(metrics: dict[str, Any], pitfalls: list[dict[str, Any]]) -> str:
+    """The README's tables, in Markdown: the results, and what mistakes do to them."""
     columns, lines = table_of([row for row in metrics["rows"] if row["model"] != "real test digits"])
-    table = [["", *columns], ["---"] * (len(columns) + 1), *([title, *cells] for title, cells in lines)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
+    mistakes = markdown(*pitfall_table(pitfalls))
+    return (
+        f"{markdown(['', *columns], [[title, *cells] for title, cells in lines])}\n\n"
+        f"What known mistakes do to such figures (`benchmarks/pitfalls.py`; against the training set):\n\n{mistakes}"
+    )
+
+
+def markdown(titles: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *lines])
 
 
 if __name__ == "__main__":

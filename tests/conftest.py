@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import runpy
 import subprocess
@@ -60,3 +61,19 @@ def error_line(stderr: str) -> str:
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
     return lines[0]
+
+
+def read_csv(path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def tiny_ddpm(folder, **config):
+    """The file of an untrained diffusion model."""
+    from test_models import small
+
+    from checkpoint import save_model
+
+    path = folder / f"tiny{''.join(f'_{name}_{value}' for name, value in config.items())}.pt"
+    save_model(path, "ddpm", small("ddpm", **config), {})
+    return path

@@ -327,6 +327,18 @@ def test_the_step_number_decides_times_and_noise():
     assert torch.equal(first, again) and not torch.equal(first, step(images, labels)["loss"])
 
 
+def test_the_power_reaches_the_times(monkeypatch):
+    images, labels, seen = torch.rand(64, 1, 28, 28), torch.arange(64) % 10, []
+    network = small("ddpm")
+    monkeypatch.setattr(network, "forward", lambda x, time, labels: seen.append(time) or x * network.unet.head.bias)
+    for power in (1.0, 0.5):
+        DiffusionStep(network, torch.optim.SGD(network.parameters()), TrainState(), 0, "fp32", 1.0, 0.1, power)(
+            images, labels
+        )
+    uniform, noisy = (times.float().mean().item() for times in seen)
+    assert uniform == pytest.approx(500, abs=10) and noisy == pytest.approx(667, abs=10)
+
+
 def test_it_learns_a_picture():
     """A few steps on one picture: the samples move from noise to that picture."""
     network = build("ddpm", width=8, timesteps=100)
@@ -334,7 +346,7 @@ def test_it_learns_a_picture():
     picture[:, 8:20, 12:16] = 1.0
     images, labels = picture.expand(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-    step = DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1)
+    step = DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1, 1.0)
     for i in range(150):
         step.state.step = i
         step(images, labels)

@@ -128,6 +128,14 @@ def test_times_are_spread_evenly():
     assert diffusion.stratified_times(1, 2, rng).shape == (1,)
 
 
+def test_a_power_below_one_favours_noisy_times():
+    """P(t < T s) = s^(1 / power), to the evenness of the grid."""
+    times = diffusion.stratified_times(10_000, 1000, torch.Generator().manual_seed(0), power=0.75)
+    assert times.min() >= 0 and times.max() == 999
+    for s in (0.1, 0.5, 0.9):
+        assert (times < 1000 * s).double().mean().item() == pytest.approx(s ** (1 / 0.75), abs=1e-3)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Samplers against diffusers, step after step on its grids
 

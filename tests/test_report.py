@@ -50,6 +50,12 @@ def folder(tmp_path_factory):
     lines += [f"{sampler},{steps},{seed},{10 / steps + seed + 1},{400 / steps}"
               for sampler in ("dpm-solver++", "ddim") for steps in (5, 10) for seed in (0, 1)]  # fmt: skip
     (folder / "reports" / "samplers.csv").write_text("\n".join(lines))
+    lines = [
+        "model,mistake,n,fid,fid_ratio,is,label_accuracy",
+        "DDPM,,500,2.5,1.7,9.5,0.99",
+        "DCGAN,a cast,1000,1234.5,9.25,1,",
+    ]
+    (folder / "reports" / "pitfalls.csv").write_text("\n".join(lines))
     (folder / "README.md").write_text(f"before\n{MARKS[0]}\nan older table\n{MARKS[1]}\nafter\n")
     return folder
 
@@ -72,6 +78,7 @@ def test_the_page_is_one_file_and_whole(report, folder):
     assert len(sources) > 12 and all(source.startswith("data:") for source in sources)
     assert not re.search(r"https?://|@import|<script|url\(", page)
     assert all(f'alt="{text}' in page for text in ("Bars of FID", "Samples of DCGAN", "Noise becoming digits"))
+    assert "<td>a cast</td><td>1,000</td><td>1,234.50</td>" in page
     for name in (
         "fid_comparison",
         "is_comparison",
@@ -94,6 +101,9 @@ def test_the_readme_gets_the_figures(report, folder):
     fid = next(line for line in text.splitlines() if line.startswith("| FID |"))
     models = ("real training digits", "dcgan", "cdcgan")
     assert fid == "| FID | " + " | ".join(f"{rows[m]['fid']:.3f} ± {rows[m]['fid_std']:.3f}" for m in models) + " |"
+    assert (
+        "| DDPM | none | 500 | 2.50 | 1.7 | 9.50 | 99.0 |\n| DCGAN | a cast | 1,000 | 1,234.50 | 9.2 | 1.00 |  |\n" in text
+    )
     assert "| 99.91 ± 0.02 |  | 99.74 ± " in text  # label accuracy; the DCGAN has none
 
 

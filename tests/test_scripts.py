@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import runpy
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, run_process
-from test_models import small
+from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
 
 import data
 import plots
-from checkpoint import file_sha256, load_generator, save_model
+from checkpoint import file_sha256, load_generator
 from data import to_uint8
 from denoising import DiffusionStep
 from models import DDPM
 from utils import keyed_generator
 
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
-
-
-def read_csv(path) -> list[dict[str, str]]:
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
-def tiny_ddpm(folder, **config):
-    """The file of an untrained diffusion model."""
-    path = folder / f"tiny{''.join(f'_{name}_{value}' for name, value in config.items())}.pt"
-    save_model(path, "ddpm", small("ddpm", **config), {})
-    return path
 
 
 def test_train_gan_dry_run_writes_every_file(run, tmp_path):
@@ -177,10 +163,11 @@ def test_the_reference_preset_is_the_table(run, tmp_path):
     flags = load_generator(tmp_path / "checkpoints" / "best_GAN_G.pt").meta["flags"]
     expected = {"batch_size": 128, "lr": 1e-4, "ema_decay": 0.999, "patience": 10, "loss": "bce", "width": 8}
     assert {name: flags[name] for name in expected} == expected
-    for script, epochs in (("train_gan.py", 100), ("train_cgan.py", 80), ("train_diffusion.py", 100)):
+    for script, epochs, width in (("train_gan.py", 100, 64), ("train_cgan.py", 80, 64), ("train_diffusion.py", 100, 16)):
         args = runpy.run_path(str(ROOT / script))["parse_args"](["--preset", "reference"])
-        assert (args.epochs, args.width, args.lr, args.warmup_steps) == (epochs, 64, 1e-4, 0)
+        assert (args.epochs, args.batch_size, args.width, args.lr, args.warmup_steps) == (epochs, 128, width, 1e-4, 0)
     assert (args.timesteps, args.schedule, args.prediction, args.grad_clip) == (1000, "linear", "eps", 1.0)
+    assert args.time_power == 1.0
 
 
 BAD_ARGUMENTS = [
@@ -325,20 +312,3 @@ def test_infer_without_mnist_says_so(run, tmp_path):
 def test_a_process_of_its_own_prints_one_line(tmp_path):
     result = run_process("infer.py", "--gan-model", "none.pt", cwd=tmp_path)
     assert result.returncode == 1 and "none.pt" in error_line(result.stderr)
-
-
-def test_the_curve_of_the_samplers_goes_on_where_it_was(mnist_dir, tmp_path):
-    """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another checkpoint."""
-    tiny, out = tiny_ddpm(tmp_path, timesteps=4), tmp_path / "out"
-    args = ["--model", tiny, "--n", 500, "--steps", 2, 3, 15, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
-    assert run_process("benchmarks/samplers.py", *args).returncode == 0
-    rows = read_csv(out / "samplers.csv")
-    expected = [("dpm-solver++", "2"), ("ddim", "2"), ("dpm-solver++", "3"), ("ddim", "3"), ("ddpm", "4")]
-    assert [(row["sampler"], row["steps"]) for row in rows] == expected
-    with (out / "samplers.csv").open("a") as file:
-        file.write((out / "samplers.csv").read_text().splitlines()[1].replace(rows[0]["checkpoint"], "0" * 16) + "\n")
-    picture = (out / "samplers.png").read_bytes()
-    result = run_process("benchmarks/samplers.py", *args)
-    assert result.returncode == 0 and "(one seed)" in result.stdout, result.stderr
-    assert read_csv(out / "samplers.csv") == rows
-    assert (out / "samplers.png").read_bytes() == picture

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from conftest import ROOT, run_process
+from conftest import ROOT
 
 import data
 import evaluation
@@ -123,13 +123,6 @@ def test_a_conditional_model_is_asked_for_the_real_proportions(test_digits):
     assert torch.equal(labels, again) and not torch.equal(labels, other)
     repeated = evaluation.proportional_labels(test_digits.subset(30, "few"), 70, seed=0)
     assert torch.equal(repeated[:30], repeated[30:60]) and len(repeated) == 70
-
-
-def test_every_figure_gets_worse_with_damage(mnist_dir, tmp_path):
-    """benchmarks/self_check.py: noise, blur, shifts and missing classes, each at several levels."""
-    result = run_process("benchmarks/self_check.py", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")
-    assert result.returncode == 0, result.stderr
-    assert "every figure gets worse" in result.stdout and len((tmp_path / "a.csv").read_text().splitlines()) == 19
 
 
 # The trainings by their title: the files that each has shipped, the generator first

@@ -1,0 +1,68 @@
+"""The benchmarks whose results are shipped: what they measure, and that they notice what they should."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import error_line, read_csv, run_process, tiny_ddpm
+
+RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1]")
+
+
+def test_the_curve_of_the_samplers_goes_on_where_it_was(mnist_dir, tmp_path):
+    """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another checkpoint."""
+    tiny, out = tiny_ddpm(tmp_path, timesteps=4), tmp_path / "out"
+    args = ["--model", tiny, "--n", 500, "--steps", 2, 3, 15, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
+    assert run_process("benchmarks/samplers.py", *args).returncode == 0
+    rows = read_csv(out / "samplers.csv")
+    expected = [("dpm-solver++", "2"), ("ddim", "2"), ("dpm-solver++", "3"), ("ddim", "3"), ("ddpm", "4")]
+    assert [(row["sampler"], row["steps"]) for row in rows] == expected
+    with (out / "samplers.csv").open("a") as file:
+        file.write((out / "samplers.csv").read_text().splitlines()[1].replace(rows[0]["checkpoint"], "0" * 16) + "\n")
+    picture = (out / "samplers.png").read_bytes()
+    result = run_process("benchmarks/samplers.py", *args)
+    assert result.returncode == 0 and "(one seed)" in result.stdout, result.stderr
+    assert read_csv(out / "samplers.csv") == rows
+    assert (out / "samplers.png").read_bytes() == picture
+
+
+def test_every_figure_gets_worse_with_damage(mnist_dir, tmp_path):
+    """benchmarks/self_check.py: noise, blur, shifts and missing classes, each at several levels."""
+    result = run_process("benchmarks/self_check.py", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")
+    assert result.returncode == 0, result.stderr
+    assert "every figure gets worse" in result.stdout and len((tmp_path / "a.csv").read_text().splitlines()) == 19
+
+
+@pytest.fixture(scope="module")
+def mistakes(mnist_dir, tmp_path_factory):
+    """benchmarks/pitfalls.py with an untrained diffusion model: (model, mistake) -> row."""
+    folder = tmp_path_factory.mktemp("pitfalls")
+    args = ["--diffusion", tiny_ddpm(folder), "--n", 1000, "--diffusion-n", 500, "--steps", 2, "--data-dir", mnist_dir]
+    result = run_process("benchmarks/pitfalls.py", *args, "--out", folder / "pitfalls.csv")
+    assert result.returncode == 0, result.stderr
+    return {(row["model"], row["mistake"]): row for row in read_csv(folder / "pitfalls.csv")}
+
+
+def test_mistakes_are_scored_beside_the_same_model_without_them(mistakes):
+    assert (
+        {model for model, _ in mistakes} == {"real digits", "DCGAN", "DDPM"} == {m for m, mistake in mistakes if not mistake}
+    )
+    assert len(mistakes) == 12
+    assert all((row["label_accuracy"] != "") == (row["model"] == "DDPM") for row in mistakes.values())
+
+
+def test_mistakes_cost_what_they_should(mistakes):
+    for model in ("real digits", "DCGAN"):
+        whole, cut, half = (mistakes[model, mistake] for mistake in ("", *RANGES))
+        assert float(cut["is"]) < 1.1 and float(cut["fid_ratio"]) > 100
+        assert float(whole["fid"]) < float(half["fid"]) < float(cut["fid"])
+    blind = mistakes["DCGAN", "average of the parameters alone: BatchNorm's mean 0, variance 1"]
+    assert float(blind["fid"]) > 10 * float(mistakes["DCGAN", ""]["fid"])
+    assert mistakes["DCGAN", "fewer samples"]["n"] == "500"
+    diffusion = [row["fid"] for (model, _), row in mistakes.items() if model == "DDPM"]
+    assert len(set(diffusion)) == 4  # four ways of sampling
+
+
+def test_the_models_are_the_right_way_round(mnist_dir, tmp_path):
+    args = ["--gan", "checkpoints/best_CGAN_G.pt", "--diffusion", tiny_ddpm(tmp_path), "--data-dir", mnist_dir]
+    result = run_process("benchmarks/pitfalls.py", *args, "--out", tmp_path / "a.csv")
+    assert result.returncode == 1 and "unconditional GAN" in error_line(result.stderr)
