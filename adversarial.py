@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiment import Experiment
+from guard import Guard
 from models import build
 from training import TrainState
 from utils import ExpectedError, autocast, keyed_generator
@@ -65,7 +66,8 @@ PENALTY_EVERY = 4  # steps; the penalty is weighted up in turn (lazy regularisat
 class GANStep:
     """One update of the discriminator, then one of the generator, on the same batch and noise.
 
-    Calling it with images [B, 1, 28, 28] in [-1, 1] and labels [B] returns the two losses as device scalars.
+    Calling it with images [B, 1, 28, 28] in [-1, 1] and labels [B] returns the two losses as device scalars, nan where
+    an update was held back (see guard.py).
     """
 
     def __init__(
@@ -81,17 +83,20 @@ class GANStep:
         self.generator, self.discriminator, self.loss = generator, discriminator, loss
         self.generator_optimizer, self.discriminator_optimizer = optimizers["lr"], optimizers["d_lr"]
         self.state, self.seed, self.precision = state, seed, precision
+        self.guard = Guard(generator, discriminator)
         self.conditional = generator.config.num_classes > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         labels = labels if self.conditional else None
         rng = keyed_generator("cpu", self.seed, "noise", self.state.step)
         noise = torch.randn(len(images), self.generator.config.latent_dim, generator=rng).to(images.device)
+        self.guard.keep()
         with autocast(images.device, self.precision):
             fake = self.generator(noise, labels)  # [B, 1, 28, 28], used by both updates
 
         loss_d = self._update_discriminator(images, fake.detach(), labels)
         loss_g = self._update_generator(images, fake, labels)
+        self.guard.restore()
         return {"loss_d": loss_d, "loss_g": loss_g}
 
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
@@ -112,10 +117,7 @@ class GANStep:
         if penalised:
             penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)
             total = loss + 0.5 * PENALTY_EVERY * self.loss.penalty * penalty
-        self.discriminator_optimizer.zero_grad()
-        total.backward()
-        self.discriminator_optimizer.step()
-        return total.detach()
+        return self.guard.update(total, self.discriminator_optimizer)
 
     def _judge(self, real: Tensor, fake: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The logits [B] of both, with labels [K, B] those of each question, [K, B].
@@ -138,10 +140,7 @@ class GANStep:
         with autocast(real.device, self.precision):
             real_logit = self.discriminator(real, labels) if self.loss.paired else None
             loss = self.loss.generator(real_logit, self.discriminator(fake, labels))
-        self.generator_optimizer.zero_grad()
-        loss.backward()
-        self.generator_optimizer.step()
-        return loss.detach()
+        return self.guard.update(loss, self.generator_optimizer)
 
 
 def gradient_penalty(logit: Tensor, images: Tensor) -> Tensor:

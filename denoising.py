@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from experiment import Experiment
+from guard import Guard
 from models import DDPM, build
 from training import TrainState
 from utils import ExpectedError, autocast, keyed_generator
@@ -18,7 +19,8 @@ DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
 class DiffusionStep:
     """One update of the U-Net (Ho et al. 2020, algorithm 1), with times and noise keyed by the step.
 
-    Calling it with images [B, 1, 28, 28] in [-1, 1] and labels [B] returns the loss as a device scalar.
+    Calling it with images [B, 1, 28, 28] in [-1, 1] and labels [B] returns the loss as a device scalar, nan
+    where the update was held back (see guard.py).
     """
 
     def __init__(
@@ -35,17 +37,13 @@ class DiffusionStep:
         self.model, self.optimizer, self.state, self.seed = model, optimizer, state, seed
         self.precision, self.grad_clip = precision, grad_clip
         self.label_dropout, self.time_power = label_dropout, time_power
+        self.guard = Guard()  # the model's buffers are constants
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
         with autocast(images.device, self.precision):
             loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip, foreach=True)
-        self.optimizer.step()
-        return {"loss": loss.detach()}
+        return {"loss": self.guard.update(loss, self.optimizer, self.grad_clip)}
 
 
 def train_ddpm(args: argparse.Namespace) -> None:

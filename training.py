@@ -21,7 +21,7 @@ from utils import ExpectedError, Interrupted
 
 @dataclasses.dataclass
 class TrainState:
-    """Where a run stands; saved and restored as a whole. Losses stay on their device until `mean_losses` is called."""
+    """Where a run stands; saved and restored as a whole. Losses stay on their device until `mean_losses` fetches them."""
 
     epoch: int = 0  # completed epochs
     batch: int = 0  # completed batches of the current epoch
@@ -31,12 +31,13 @@ class TrainState:
     best_fid: float = math.inf
     best_epoch: int = 0  # counted from 1; 0: nothing scored yet
     stop_reason: str = ""
-    loss_sums: dict[str, Any] = dataclasses.field(default_factory=dict)  # name -> device scalar, over this epoch
+    loss_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # name -> sum over this epoch
     row: dict[str, float] = dataclasses.field(default_factory=dict)  # figures of the epoch being closed
     log: list[dict[str, float]] = dataclasses.field(default_factory=list)  # one row for each completed epoch
 
     def __post_init__(self):
         self._last_tick = time.perf_counter()
+        self._unfetched: list[dict[str, Any]] = []  # the losses of the last steps, on their device
 
     def tick(self) -> None:
         """Add the time since the last tick to `seconds`."""
@@ -45,8 +46,7 @@ class TrainState:
 
     def count(self, losses: dict[str, Any], images: int) -> None:
         """Add one step's losses (device scalars; nothing is fetched)."""
-        for name, loss in losses.items():
-            self.loss_sums[name] = self.loss_sums[name] + loss if name in self.loss_sums else loss
+        self._unfetched.append(losses)
         self.batch, self.step, self.images = self.batch + 1, self.step + 1, self.images + images
         self.tick()
 
@@ -54,16 +54,20 @@ class TrainState:
         """Mean losses of the epoch so far, fetched from the device.
 
         Raises:
-            ExpectedError: a loss is not finite.
+            ExpectedError: a loss is not finite (the step makes it nan if its gradient is not); names it and its step.
         """
-        means = {name: float(total) / self.batch for name, total in self.loss_sums.items()}
-        for name, mean in means.items():
-            if not math.isfinite(mean):
-                raise ExpectedError(
-                    f"{name} is not finite at step {self.step}; the files on disk hold the last good state: "
-                    "lower --lr, then start again"
-                )
-        return means
+        import torch
+
+        steps, self._unfetched = self._unfetched, []
+        for name in steps[0] if steps else ():
+            for i, loss in enumerate(torch.stack([losses[name] for losses in steps]).tolist()):
+                if not math.isfinite(loss):
+                    raise ExpectedError(
+                        f"{name} or its gradient is not finite at step {self.step - len(steps) + i + 1}; the files on disk "
+                        "hold the last good state: lower --lr, then start again"
+                    )
+                self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss
+        return {name: total / self.batch for name, total in self.loss_sums.items()}
 
     def open_row(self) -> None:
         """Begin the row of the epoch whose last step was taken; raises as `mean_losses` does."""
@@ -196,11 +200,10 @@ class ProgressBar(Callback):
         self.fetched = time.perf_counter()
 
     def after_step(self, state: TrainState) -> None:
-        if not self.bar.disable:
-            self.bar.update(state.images - self.bar.n)
-            if time.perf_counter() - self.fetched > self.FETCH_SECONDS:
-                self._show(state, state.mean_losses())
-                self.fetched = time.perf_counter()
+        self.bar.update(state.images - self.bar.n)
+        if time.perf_counter() - self.fetched > self.FETCH_SECONDS:
+            self._show(state, state.mean_losses())  # also where nobody looks: a loss that is not finite ends the run here
+            self.fetched = time.perf_counter()
 
     def after_epoch(self, state: TrainState) -> None:
         self._show(state, state.row)

@@ -13,7 +13,8 @@ from utils import keyed_generator
 
 def make_step(loss: str, name: str = "dcgan", precision: str = "fp32", optimizer=torch.optim.Adam):
     generator, discriminator = small(name), small(f"{name}_discriminator", norm=LOSSES[loss].norm)
-    optimizers = {"lr": optimizer(generator.parameters()), "d_lr": optimizer(discriminator.parameters())}
+    networks = {"lr": generator, "d_lr": discriminator}
+    optimizers = {key: optimizer(network.parameters(), fused=True) for key, network in networks.items()}
     return GANStep(generator, discriminator, optimizers, LOSSES[loss], TrainState(), 0, precision)
 
 

@@ -294,7 +294,7 @@ def test_eta_makes_ddim_random():
 
 
 def make_step(network, grad_clip: float = 1.0, precision: str = "fp32", lr: float = 1e-3) -> DiffusionStep:
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
+    optimizer = torch.optim.SGD(network.parameters(), lr=lr, fused=True)
     return DiffusionStep(network, optimizer, TrainState(), 0, precision, grad_clip, label_dropout=0.1, time_power=1.0)
 
 
@@ -329,12 +329,11 @@ def test_the_step_number_decides_times_and_noise():
 
 def test_the_power_reaches_the_times(monkeypatch):
     images, labels, seen = torch.rand(64, 1, 28, 28), torch.arange(64) % 10, []
-    network = small("ddpm")
+    network = small("ddpm", timesteps=1000)
     monkeypatch.setattr(network, "forward", lambda x, time, labels: seen.append(time) or x * network.unet.head.bias)
     for power in (1.0, 0.5):
-        DiffusionStep(network, torch.optim.SGD(network.parameters()), TrainState(), 0, "fp32", 1.0, 0.1, power)(
-            images, labels
-        )
+        optimizer = torch.optim.SGD(network.parameters(), fused=True)
+        DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1, power)(images, labels)
     uniform, noisy = (times.float().mean().item() for times in seen)
     assert uniform == pytest.approx(500, abs=10) and noisy == pytest.approx(667, abs=10)
 
@@ -345,7 +344,7 @@ def test_it_learns_a_picture():
     picture = torch.full((1, 28, 28), -1.0)
     picture[:, 8:20, 12:16] = 1.0
     images, labels = picture.expand(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3, fused=True)
     step = DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1, 1.0)
     for i in range(150):
         step.state.step = i

@@ -17,6 +17,7 @@ import evaluation
 from adversarial import GANStep
 from checkpoint import load_generator, read_tensors
 from denoising import DiffusionStep
+from guard import Guard
 
 FLAGS = ["--dataset", "digits", "--epochs", 3, "--width", 8, "--batch-size", 256, "--eval-samples", 200, "--device", "cpu"]
 
@@ -116,6 +117,26 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, whole_run, trainer, 
     for name in [f"checkpoints/best_{export}.pt" for export in trainer.exports] + pictures:
         assert (tmp_path / name).read_bytes() == (whole_run / name).read_bytes()
     assert not list(tmp_path.rglob("*previous*"))
+
+
+@pytest.mark.parametrize("call", [13, 14])
+def test_a_bad_number_ends_the_run_before_it_does_harm(call, whole_run, trainer, tmp_path, run, monkeypatch):
+    """One update's loss is made nan: the run ends, and goes on from its last good state as if nothing had been."""
+    calls, update = [], Guard.update
+
+    def poisoned(self, loss, *args):
+        calls.append(1)
+        return update(self, loss * math.nan if len(calls) == call else loss, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Guard, "update", poisoned)
+        code, _, err = run(trainer.script, *trainer.flags, "--out-dir", tmp_path)
+    name = {"DIFF": "loss"}.get(trainer.prefix, "loss_g" if call % 2 == 0 else "loss_d")
+    step = call if trainer.prefix == "DIFF" else (call + 1) // 2
+    assert code == 1 and f"{name} or its gradient is not finite at step {step};" in error_line(err)
+    assert run(trainer.script, "--resume", "--out-dir", tmp_path)[0] == 0
+    assert log_rows(tmp_path, trainer) == log_rows(whole_run, trainer)
+    assert same(training_file(tmp_path, trainer), training_file(whole_run, trainer))
 
 
 def test_resuming_says_what_it_cannot_do(whole_run, trainer, tmp_path, run):

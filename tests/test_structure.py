@@ -21,6 +21,7 @@ ROOMS = {
     "diffusion": set(),
     "unet": set(),
     "interface": set(),
+    "guard": set(),
     "classifier": {"interface"},
     "models": {"classifier", "diffusion", "interface", "unet"},
     "checkpoint": {"models", "utils"},
@@ -28,8 +29,8 @@ ROOMS = {
     "inception": {"checkpoint", "utils"},
     "callbacks": {"checkpoint", "data", "plots", "training", "utils"},
     "experiment": {"callbacks", "checkpoint", "data", "evaluation", "training", "utils"},
-    "adversarial": {"experiment", "models", "training", "utils"},
-    "denoising": {"experiment", "models", "training", "utils"},
+    "adversarial": {"experiment", "guard", "models", "training", "utils"},
+    "denoising": {"experiment", "guard", "models", "training", "utils"},
 }
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ROOMS)
 

@@ -58,7 +58,7 @@ def test_fit_continues_in_the_middle_of_an_epoch():
         asked.append((epoch, start))
         return number_batches(5)(epoch, start)
 
-    state = fit(loss_step, batches, 2, [], TrainState(epoch=0, batch=3, step=3, loss_sums={"loss": torch.tensor(6.0)}))
+    state = fit(loss_step, batches, 2, [], TrainState(epoch=0, batch=3, step=3, loss_sums={"loss": 6.0}))
     assert asked == [(0, 3), (1, 0)] and state.step == 10 and state.log[0]["loss"] == 2.0
 
 
@@ -70,8 +70,23 @@ def test_fit_ends_with_its_callbacks_also_on_an_error():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run():
-    with pytest.raises(ExpectedError, match="loss is not finite at step 3"):
-        fit(lambda *_: {"loss": torch.tensor(math.nan)}, number_batches(3), 1, [], TrainState())
+    with pytest.raises(ExpectedError, match="loss or its gradient is not finite at step 2"):
+        losses = iter([1.0, math.nan, 2.0])
+        fit(lambda *_: {"loss": torch.tensor(next(losses))}, number_batches(3), 1, [], TrainState())
+
+
+def test_the_mean_loss_does_not_depend_on_when_it_is_fetched():
+    losses = torch.rand(50).tolist()
+
+    def mean(every: int) -> float:
+        state = TrainState()
+        for i, loss in enumerate(losses):
+            state.count({"loss": torch.tensor(loss)}, 1)
+            if i % every == 0:
+                state.mean_losses()
+        return state.mean_losses()["loss"]
+
+    assert mean(1) == mean(7) == mean(50) == pytest.approx(sum(losses) / 50)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,55 @@
+"""Updates that no bad number gets through, without waiting for the device to say so."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Guard:
+    """Holds back an update of which the loss or the gradient is not finite.
+
+    Whether it is, is decided on the device: a flag keeps the fused optimizer from its step, and the networks' buffers
+    (BatchNorm's statistics, which the forward pass has touched already) are put back. The loss is then returned as nan, so
+    that whoever fetches it sees that this step was bad. A step is
+
+        guard.keep(); forward passes and `guard.update`, once for each optimizer; guard.restore()
+    """
+
+    def __init__(self, *networks: nn.Module):
+        self._buffers = [buffer for network in networks for buffer in network.buffers()]
+        self._kept = [buffer.clone() for buffer in self._buffers]
+        self._good: Tensor | None = None
+
+    def keep(self) -> None:
+        """Remember the buffers: at the beginning of a step."""
+        if self._buffers:
+            torch._foreach_copy_(self._kept, self._buffers)
+        self._good = None
+
+    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> Tensor:
+        """Backward pass, clipping of the gradient to the norm `clip` (0: no bound), and step of a fused `optimizer`.
+
+        Returns the loss, detached; nan where the update was held back.
+
+        Raises:
+            ValueError: the optimizer is not a fused one, which alone can be held back.
+        """
+        if not optimizer.defaults.get("fused"):
+            raise ValueError("only a fused optimizer can be held back")
+        optimizer.zero_grad()
+        loss.backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        if clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
+        good = loss.isfinite() & norm.isfinite()
+        optimizer.found_inf = 1 - good.float()  # a flag of torch.amp's: where it is 1, a fused step changes nothing
+        optimizer.step()
+        self._good = good if self._good is None else self._good & good
+        return torch.where(good, loss.detach(), torch.nan)
+
+    def restore(self) -> None:
+        """Put the buffers back if an update was held back: at the end of a step."""
+        for kept, buffer in zip(self._kept, self._buffers):
+            buffer.copy_(torch.where(self._good, buffer, kept))
