@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import zipfile
 from pathlib import Path
 
@@ -79,9 +80,18 @@ def load_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> n
 def write_tensors(path: str | os.PathLike, content: dict) -> None:
     """Write a dict of tensors and primitives atomically; equal content gives equal bytes."""
     buffer = io.BytesIO()  # a stream, not a path: torch would write the file's name into the archive
-    torch.save(content, buffer)
+    torch.save(_with_shared_strings(content), buffer)
     with atomic_path(path) as temporary:
         temporary.write_bytes(buffer.getbuffer())
+
+
+def _with_shared_strings(value: object) -> object:
+    """The same content with one object for equal strings: pickle writes an object's repetition as a reference."""
+    if isinstance(value, dict):
+        return {_with_shared_strings(key): _with_shared_strings(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_with_shared_strings, value))
+    return sys.intern(value) if type(value) is str else value
 
 
 def read_tensors(path: str | os.PathLike, max_bytes: int = MAX_TRAINING_BYTES) -> dict:

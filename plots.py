@@ -52,9 +52,10 @@ def write_gif(path: str | os.PathLike, frames: Tensor, seconds: float = 8.0) -> 
     import imageio.v3 as imageio
 
     milliseconds = max(40, round(1000 * seconds / len(frames)))
+    durations = [milliseconds] * (len(frames) - 1) + [max(1500, milliseconds)]
+    content = imageio.imwrite("<bytes>", frames.numpy(), extension=".gif", duration=durations, loop=0)
     with atomic_path(path) as temporary:
-        durations = [milliseconds] * (len(frames) - 1) + [max(1500, milliseconds)]
-        imageio.imwrite(temporary, frames.numpy(), extension=".gif", duration=durations, loop=0)
+        temporary.write_bytes(content)  # imageio itself would print a traceback where the disk is full
 
 
 def write_side_by_side(path: str | os.PathLike, panels: list[tuple[str, Tensor]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import glob
 import hashlib
 import io
 import json
@@ -140,11 +141,13 @@ def keyed_generator(device: torch.device | str, *key: int | str) -> torch.Genera
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path`; on leaving without an error it is flushed to disk and renamed to `path`.
 
-    A reader (or a run that is killed) sees the whole old file or the whole new one. Permissions follow the umask.
+    A reader (or a run that is killed) sees the whole old file or the whole new one. Permissions follow the umask. What
+    killed processes left of their own attempts is swept away.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    _sweep(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.{os.getpid()}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -159,6 +162,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise ExpectedError(f"cannot write {path} ({error.strerror or error}); its previous version is kept") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the temporary files for `path` of processes that are gone."""
+    prefix = f".{path.stem}."
+    for left in path.parent.glob(f"{glob.escape(prefix)}*{glob.escape(path.suffix)}"):
+        pid = left.name.removeprefix(prefix).split(".")[0]
+        if pid.isdecimal() and not _is_another_running(int(pid)):
+            left.unlink(missing_ok=True)
+
+
+def _is_another_running(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # this one has no file open yet: it is an earlier process of the same number
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def write_csv(path: str | os.PathLike, rows: list[dict]) -> None:

@@ -43,6 +43,14 @@ def test_sampling_needs_no_architecture_flags(saved):
     assert torch.allclose(ours, theirs, atol=1e-2)
 
 
+def test_equal_strings_give_equal_bytes(tmp_path):
+    """Whether they are one object or two, as they are after a resumed run has read them from its file."""
+    word, flags = "cosine", ["cos", "ine"]
+    write_tensors(tmp_path / "one.pt", {"a": word, "b": [word]})
+    write_tensors(tmp_path / "two.pt", {"a": "".join(flags), "b": ["".join(flags)]})
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+
+
 def test_equal_content_gives_equal_bytes(tmp_path, saved):
     network, path = saved
     save_model(tmp_path / "other_name.pt", "dcgan", network, META)

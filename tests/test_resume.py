@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import os
+import random
 import runpy
+import shutil
 import signal
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import ROOT, error_line
+from conftest import ROOT, error_line, run_process
+from PIL import Image
 
+import callbacks
 import evaluation
 from adversarial import GANStep
-from checkpoint import load_generator, read_tensors
+from checkpoint import load_generator, load_model, read_tensors
 from denoising import DiffusionStep
+from experiment import Experiment
 from guard import Guard
+from training import TrainState
+from utils import Interrupted
 
 FLAGS = ["--dataset", "digits", "--epochs", 3, "--width", 8, "--batch-size", 256, "--eval-samples", 200, "--device", "cpu"]
 
@@ -34,8 +43,9 @@ class Trainer(NamedTuple):
 TRAINERS = [
     Trainer("train_gan.py", "GAN", "gan", GANStep, ["GAN_G", "GAN_D"], FLAGS),
     Trainer("train_cgan.py", "CGAN", "cgan", GANStep, ["CGAN_G", "CGAN_D"], FLAGS),
-    Trainer("train_diffusion.py", "DIFF", "diffusion", DiffusionStep, ["DIFF"], [*FLAGS, "--steps", 2]),
-]
+    Trainer("train_diffusion.py", "DIFF", "diffusion", DiffusionStep, ["DIFF"],
+            [*FLAGS, "--steps", 2, "--batch-size", 64, "--limit", 320]),  # as many steps, and quicker ones
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=TRAINERS, ids=[trainer.title for trainer in TRAINERS])
@@ -144,3 +154,145 @@ def test_resuming_says_what_it_cannot_do(whole_run, trainer, tmp_path, run):
     assert "larger --epochs" in error_line(run(trainer.script, "--resume", "--out-dir", whole_run)[2])
     code, _, err = run(trainer.script, "--resume", "--out-dir", whole_run, "--width", 16)
     assert code == 1 and "--width 16 differs" in error_line(err)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What if one of the things that a resumed run needs were left out?
+
+NEEDED_PARTS = {
+    "gan": ["generator", "discriminator", "lr", "d_lr"],
+    "cgan": ["generator", "discriminator", "lr", "d_lr"],
+    "diffusion": ["model", "lr"],
+}
+NEEDED_HOOKS = ["ema", "gif", "early_stopping", "lr_schedule"]
+NEEDED_STATE = ["epoch", "batch", "step", "images", "best_fid", "best_epoch", "loss_sums", "log"]
+
+
+@pytest.fixture(scope="module")
+def plateau_run(trainer, tmp_path_factory):
+    """(interrupted, whole): a run whose FID gets worse from epoch to epoch, stopped in its last one, and to its end."""
+    folders, steps = [tmp_path_factory.mktemp(name) for name in ("interrupted", "whole")], []
+    original = trainer.step.__call__
+
+    def stepping(self, *args):
+        steps.append(1)
+        if len(steps) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *args)
+
+    main = runpy.run_path(str(ROOT / trainer.script))["main"]
+    flags = [*trainer.flags, "--lr-schedule", "plateau", "--patience", 2]
+    with worsening_fid(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.step, "__call__", stepping)
+        with pytest.raises(Interrupted):
+            main([*map(str, flags), "--out-dir", str(folders[0])])
+        shutil.copytree(folders[0], folders[1], dirs_exist_ok=True)
+        main(["--resume", "--out-dir", str(folders[1])])
+    return folders
+
+
+@contextlib.contextmanager
+def worsening_fid():
+    """Every scoring of a run gives a higher FID than the one before: 5, 6, 7 by epoch."""
+    original = callbacks.FIDMonitor.after_epoch
+
+    def monitored(self, state):
+        self.score = lambda model: {"fid": 5.0 + state.epoch, "fid_ratio": 1.0}
+        original(self, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.FIDMonitor, "after_epoch", monitored)
+        yield
+
+
+def resume_without(missing, folder, trainer, monkeypatch):
+    """Resume the run in `folder` as if `missing`, a part or a field of the state, had not been saved."""
+    restore, adopt = Experiment._restore, Experiment._adopt_state
+
+    def adopt_the_rest(self, saved):
+        adopt(self, saved)
+        if missing in saved:
+            setattr(self.state, missing, getattr(TrainState(), missing))
+
+    with worsening_fid(), monkeypatch.context() as patch:
+        patch.setattr(Experiment, "_adopt_state", adopt_the_rest)
+        patch.setattr(
+            Experiment, "_restore", lambda self, parts: restore(self, {k: v for k, v in parts.items() if k != missing})
+        )
+        runpy.run_path(str(ROOT / trainer.script))["main"](["--resume", "--out-dir", str(folder)])
+
+
+def test_nothing_that_a_resumed_run_needs_can_be_left_out(trainer, plateau_run, tmp_path, monkeypatch):
+    interrupted, whole = plateau_run
+    saved = read_tensors(interrupted / "checkpoints" / f"last_{trainer.prefix}.pt")
+    needed = [*NEEDED_PARTS[trainer.title], *NEEDED_HOOKS]
+    assert {name for name, part in saved["parts"].items() if part} == set(needed)
+    assert set(saved["state"]) == {*NEEDED_STATE, "seconds", "row", "stop_reason"}  # of which the latter two are empty here
+    for missing in ("nothing", *needed, *NEEDED_STATE):
+        folder = tmp_path / missing
+        shutil.copytree(interrupted, folder)
+        try:
+            resume_without(missing, folder, trainer, monkeypatch)
+            unharmed = same(training_file(folder, trainer), training_file(whole, trainer))
+            unharmed &= log_rows(folder, trainer) == log_rows(whole, trainer)
+        except (IndexError, KeyError, ZeroDivisionError):
+            unharmed = False
+        assert unharmed == (missing == "nothing"), missing
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Killed at any moment
+
+PLACES = {"step": 12, "sampling": 6, "scoring": 3, "writing": 12, "flushing": 15, "renaming": 15}  # and their latest call
+
+
+def check_files(folder, trainer, before: set[str]) -> int:
+    """Everything there can be read, and what was there still is; gives the number of steps that are saved."""
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in before if not Path(name).name.startswith(".")} <= files
+    before |= files
+    for path in folder.glob("checkpoints/[!.]*.pt"):
+        read_tensors(path) if "last" in path.name else load_model(path)
+    for path in folder.glob("samples/[!.]*.gif"):
+        with Image.open(path) as gif:
+            for i in range(gif.n_frames):
+                gif.seek(i)
+                gif.load()  # raises where a frame is not whole
+    last = folder / "checkpoints" / f"last_{trainer.prefix}.pt"
+    steps = read_tensors(last)["state"]["step"] if last.exists() else 0
+    assert not steps or len(log_rows(folder, trainer)) >= steps // 5
+    return steps
+
+
+def survive(kills: int, trainer, whole_run, tmp_path, seed: int) -> None:
+    """Kill runs of the trainer at random moments, resuming each, until all are survived; compare with the whole run."""
+    rng, survived, run_number = random.Random(seed), 0, 0
+    while survived < kills:
+        folder, known, saved, code = tmp_path / str(run_number), set(), 0, -signal.SIGKILL
+        while code:
+            place = rng.choice(list(PLACES)) if survived < kills else "step"
+            count = rng.randint(1, PLACES[place]) if survived < kills else 1000
+            flags = ["--resume"] if saved else trainer.flags
+            result = run_process("tests/killed.py", place, count, trainer.script, *flags, "--out-dir", folder)
+            code = result.returncode
+            assert code in (0, -signal.SIGKILL), result.stderr
+            survived += code != 0
+            steps = check_files(folder, trainer, known)
+            assert steps >= saved, (place, count)
+            saved = steps
+        assert log_rows(folder, trainer) == log_rows(whole_run, trainer)
+        assert same(training_file(folder, trainer), training_file(whole_run, trainer))
+        for export in trainer.exports:
+            name = f"checkpoints/best_{export}.pt"
+            assert (folder / name).read_bytes() == (whole_run / name).read_bytes()
+        assert not list(folder.rglob(".*")), "temporary files are left"
+        run_number += 1
+
+
+def test_a_killed_run_is_resumed(whole_run, trainer, tmp_path):
+    survive(2, trainer, whole_run, tmp_path, seed=TRAINERS.index(trainer))
+
+
+@pytest.mark.long
+def test_twenty_killed_runs_are_resumed(whole_run, trainer, tmp_path):
+    survive(20, trainer, whole_run, tmp_path, seed=100 + TRAINERS.index(trainer))

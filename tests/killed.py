@@ -1,0 +1,58 @@
+"""Not a test: a trainer that test_resume.py starts, and that kills itself at the n-th visit of a place.
+
+python tests/killed.py PLACE N train_gan.py [its flags]
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import metrics
+from adversarial import GANStep
+from denoising import DiffusionStep
+from models import DDPM, Generator
+
+PLACES = {
+    "step": [(GANStep, "__call__"), (DiffusionStep, "__call__")],
+    "sampling": [(Generator, "sample"), (DDPM, "sample")],
+    "scoring": [(metrics, "frechet_distance")],
+    "writing": [(Path, "write_bytes")],
+    "flushing": [(os, "fsync")],
+    "renaming": [(Path, "replace")],
+}
+
+
+def deadly(function: Callable, visits: int) -> Callable:
+    """The function, which on its last visit kills the process; of what it was to write, half is written before."""
+    count = 0
+
+    def visited(*args, **options):
+        nonlocal count
+        count += 1
+        if count == visits:
+            if function.__name__ == "write_bytes":
+                function(args[0], args[1][: len(args[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **options)
+
+    return visited
+
+
+def main() -> None:
+    place, visits, script, *sys.argv[1:] = sys.argv[1:]
+    for owner, name in PLACES[place]:
+        setattr(owner, name, deadly(getattr(owner, name), int(visits)))
+    sys.argv[0] = script
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
