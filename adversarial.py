@@ -99,6 +99,12 @@ class GANStep:
         self.guard.restore()
         return {"loss_d": loss_d, "loss_g": loss_g}
 
+    def loss_of_guessing(self) -> float:
+        """The discriminator's loss where all of its logits are zero."""
+        zero = torch.zeros(1)
+        mismatch = MISMATCH_WEIGHT * float(self.loss.mismatch(zero, zero)) if self.conditional else 0.0
+        return float(self.loss.discriminator(zero, zero)) + mismatch
+
     def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(True)
         penalised = self.loss.penalty and self.state.step % PENALTY_EVERY == 0
@@ -173,4 +179,5 @@ def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str
         "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr, betas=betas, fused=True),
     }
     step = GANStep(generator, discriminator, optimizers, loss, run.state, args.seed, run.precision)
-    run.train(step, generator, networks, optimizers, {"G": (name, generator), "D": (f"{name}_discriminator", discriminator)})
+    exports = {"G": (name, generator), "D": (f"{name}_discriminator", discriminator)}
+    run.train(step, generator, networks, optimizers, exports, guessing=step.loss_of_guessing())

@@ -1,7 +1,7 @@
 """What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, checkpoints, GIF, CSV.
 
 Their order in the list is the contract: EMA, then what only samples and can be repeated (ProgressGIF's frames, FIDMonitor),
-EarlyStopping and ReduceLROnPlateau (which read the row that the monitor filled), then the writers.
+Watchdog, EarlyStopping and ReduceLROnPlateau (which read the row that the monitor filled), then the writers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import plots
 from checkpoint import keep_previous, save_model, write_tensors
-from data import to_uint8
+from data import NUM_CLASSES, to_uint8
 from training import Callback, StopSignals, TrainState
 from utils import ExpectedError, Interrupted, keyed_generator, write_csv
 
@@ -71,6 +71,34 @@ class FIDMonitor(Callback):
         state.row.update(figures)
         if figures["fid"] < state.best_fid:
             state.best_fid, state.best_epoch = figures["fid"], state.epoch + 1
+
+
+class Watchdog(Callback):
+    """Puts a `warning` into the row when the samples collapse, or the discriminator has nothing to teach.
+
+    `guessing` is the discriminator's loss where it tells real and generated images apart no better than by guessing.
+    """
+
+    VARIETY = 0.5  # of real digits
+    NEAR = 0.02  # the share of `guessing` by which a loss counts as equal to it, or to zero
+
+    def __init__(self, guessing: float | None = None):
+        self.guessing = guessing
+
+    def after_epoch(self, state: TrainState) -> None:
+        row, warnings = state.row, []
+        if row.get("digits", NUM_CLASSES) < NUM_CLASSES:
+            warnings.append(f"mode collapse: only {row['digits']} of {NUM_CLASSES} digits are drawn")
+        elif row.get("variety", 1.0) < self.VARIETY:
+            warnings.append(f"mode collapse: samples vary {100 * row['variety']:.0f} % as much as real digits")
+        if self.guessing:
+            share = row["loss_d"] / self.guessing
+            if share < self.NEAR:
+                warnings.append("dead discriminator: it knows every image, and its loss is zero")
+            elif abs(share - 1) < self.NEAR:
+                warnings.append("dead discriminator: it guesses")
+        if warnings:
+            row["warning"] = "; ".join(warnings)
 
 
 class EarlyStopping(Callback):

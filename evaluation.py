@@ -26,6 +26,7 @@ STATISTICS_NAME = "classifier_statistics.pt"
 FLOOR_SUBSETS = 8
 FLOOR_SIZES = (500, 1000, 2000, 5000, 10_000)
 NEIGHBOURHOOD = 10_000  # features on either side of precision, recall, density and coverage
+DIGIT_SHARE = 0.01  # of the samples: so many of a digit, and it counts as drawn
 CHUNK = 250  # images a forward pass: the fastest on a CPU, whose caches larger ones leave
 
 
@@ -188,15 +189,21 @@ class Scorer:
     options: dict = dataclasses.field(default_factory=dict)
 
     def __call__(self, generator: nn.Module) -> dict[str, float]:
-        """FID, its ratio to the floor, and inception score of `generator`'s samples."""
+        """FID, its ratio to the floor, and inception score of `generator`'s samples; and how many digits there are among
+        them (1 % of the samples each), and how varied they are (see `metrics.variety`), by which collapse shows."""
         samples = generator.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "scoring"), **self.options)
         if not torch.isfinite(samples).all():
             raise ExpectedError("the generator's samples are not finite; lower --lr, then start again")
         images = to_uint8(samples)
         features, probabilities = self.extractor(images)
-        fid = metrics.frechet_distance(metrics.gaussian(features), self.reference.statistics.whole)
+        gaussian, real = metrics.gaussian(features), self.reference.statistics
+        fid = metrics.frechet_distance(gaussian, real.whole)
         score = metrics.inception_score(probabilities, keyed_generator("cpu", self.seed, "splits"))
-        figures = {"fid": fid, "fid_ratio": self.reference.ratio(fid, self.n), "is": score.mean, "is_std": score.std}
+        shares = probabilities.argmax(1).bincount(minlength=NUM_CLASSES) / self.n
+        figures = {
+            "fid": fid, "fid_ratio": self.reference.ratio(fid, self.n), "is": score.mean, "is_std": score.std,
+            "digits": int((shares >= DIGIT_SHARE).sum()), "variety": metrics.variety(gaussian, real.whole),
+        }  # fmt: skip
         return figures if self.labels is None else figures | self._class_figures(features, probabilities)
 
     def _class_figures(self, features: Tensor, probabilities: Tensor) -> dict[str, float]:

@@ -90,6 +90,7 @@ class Experiment:
         optimizers: dict[str, torch.optim.Optimizer],
         exports: dict[str, tuple[str, nn.Module]],
         sample_options: dict | None = None,
+        guessing: float | None = None,
     ) -> None:
         """Train, score and write until the run is over, or a signal interrupts it.
 
@@ -100,6 +101,7 @@ class Experiment:
                 the log.
             exports: suffix of the file -> (model name, network), what to write; `model` is written as its EMA.
             sample_options: of the model's `sample`, for the monitor and the GIF.
+            guessing: what a discriminator's `loss_d` would be if it guessed; None where there is none.
         """
         args, signals = self.args, StopSignals()
         ema = callbacks.EMA(model, args.ema_decay) if args.ema else None
@@ -120,6 +122,7 @@ class Experiment:
             "ema": ema,
             "gif": callbacks.ProgressGIF(gif, sampled, signals, args.seed, GIF_COLUMNS, shown, sample_options),
             "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
+            "watchdog": callbacks.Watchdog(guessing),
             "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
             "lr_schedule": self._lr_schedule(list(optimizers.values())),
             "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), optimizers),

@@ -84,6 +84,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, distance)
 
 
+def variety(fake: Gaussian, real: Gaussian) -> float:
+    """Total variance of generated features over that of real ones: 1 is as varied as real images, 0 is one image."""
+    return float(fake.covariance.trace() / real.covariance.trace())
+
+
 def inception_score(probabilities: Tensor, rng: torch.Generator, splits: int = 10) -> Estimate:
     """exp E KL(p(y|x) || p(y)) (Salimans et al. 2016, section 4) over `splits` shuffled parts; 1..K, larger is better.
 

@@ -32,8 +32,8 @@ class TrainState:
     best_epoch: int = 0  # counted from 1; 0: nothing scored yet
     stop_reason: str = ""
     loss_sums: dict[str, float] = dataclasses.field(default_factory=dict)  # name -> sum over this epoch
-    row: dict[str, float] = dataclasses.field(default_factory=dict)  # figures of the epoch being closed
-    log: list[dict[str, float]] = dataclasses.field(default_factory=list)  # one row for each completed epoch
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)  # figures of the epoch being closed
+    log: list[dict[str, Any]] = dataclasses.field(default_factory=list)  # one row for each completed epoch
 
     def __post_init__(self):
         self._last_tick = time.perf_counter()
@@ -218,17 +218,19 @@ class ProgressBar(Callback):
         if self.bar is not None:
             self.bar.close()
 
-    def _show(self, state: TrainState, row: dict[str, float]) -> None:
+    def _show(self, state: TrainState, row: dict[str, Any]) -> None:
         self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}", refresh=False)
         self.bar.set_postfix_str(self._figures(state, row))
 
-    def _figures(self, state: TrainState, row: dict[str, float]) -> str:
+    def _figures(self, state: TrainState, row: dict[str, Any]) -> str:
         last = state.log[-1] if state.log else {}
         shown = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("loss")]
         if "fid" in (scored := row if "fid" in row else last):
             shown.append(f"FID {scored['fid']:.3f}")
         if "label_accuracy" in scored:
             shown.append(f"label accuracy {100 * scored['label_accuracy']:.2f} %")
+        if "warning" in row:
+            shown.append(f"({row['warning']})")
         if state.best_epoch:
             shown.append(f"best {state.best_fid:.3f} @{state.best_epoch}")
         return "  ".join(shown)

@@ -30,6 +30,14 @@ def sqrtm_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root))
 
 
+def test_variety_is_the_share_of_the_variance():
+    real = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
+    whole = metrics.gaussian(real)
+    assert metrics.variety(whole, whole) == 1
+    assert metrics.variety(metrics.gaussian(real / 2 + 3), whole) == pytest.approx(0.25)
+    assert metrics.variety(metrics.gaussian(real[:1].expand(50, 8)), whole) == 0
+
+
 def test_frechet_distance_against_sqrtm():
     a, b = correlated(500, 32, 1), correlated(400, 32, 2, shift=0.3)
     ours = metrics.frechet_distance(metrics.gaussian(a), metrics.gaussian(b))

@@ -12,7 +12,7 @@ from test_models import small
 
 import callbacks
 from checkpoint import load_generator
-from training import Callback, StopSignals, TrainState, fit
+from training import Callback, ProgressBar, StopSignals, TrainState, fit
 from utils import ExpectedError, Interrupted, write_csv
 
 
@@ -124,6 +124,31 @@ def run_scored(fids, *hooks):
     scores = iter(fids)
     monitor = callbacks.FIDMonitor(lambda model: {"fid": next(scores)}, None, every=1, signals=StopSignals())
     return fit(loss_step, number_batches(1), len(fids), [monitor, *hooks], TrainState())
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"digits": 10, "variety": 0.9, "loss_d": 1.5}, ""),
+        ({"digits": 3, "variety": 0.2, "loss_d": 1.5}, "mode collapse: only 3 of 10 digits are drawn"),
+        ({"digits": 10, "variety": 0.31, "loss_d": 1.5}, "mode collapse: samples vary 31 % as much as real digits"),
+        ({"digits": 10, "variety": 0.9, "loss_d": 0.01}, "dead discriminator: it knows every image, and its loss is zero"),
+        ({"digits": 10, "variety": 0.9, "loss_d": 1.98}, "dead discriminator: it guesses"),
+        ({"loss_d": 1.5}, ""),  # an epoch that is not scored
+    ],
+)
+def test_the_watchdog_barks(row, expected):
+    state = TrainState(row=dict(row))
+    callbacks.Watchdog(guessing=2.0).after_epoch(state)
+    assert state.row.get("warning", "") == expected
+    state.row["loss"] = 0.5
+    assert ("(" + expected + ")" in ProgressBar(1, 1)._figures(state, state.row)) == bool(expected)
+
+
+def test_the_watchdog_without_a_discriminator():
+    state = TrainState(row={"digits": 10, "variety": 0.9, "loss": 0.0})
+    callbacks.Watchdog().after_epoch(state)
+    assert "warning" not in state.row
 
 
 def test_early_stopping_waits_for_its_patience():
