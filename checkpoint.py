@@ -10,6 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import pickle
+import pickletools
+import re
+import reprlib
 import sys
 import zipfile
 from pathlib import Path
@@ -24,6 +28,7 @@ from utils import ExpectedError, atomic_path
 FORMAT = 1
 MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
 MAX_TRAINING_BYTES = 8 * 2**30
+TENSOR_PARTS = re.compile(r"torch._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Za-z0-9]+Storage")
 RANDOM_FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
@@ -135,15 +140,41 @@ def file_sha256(path: str | os.PathLike) -> str:
 
 
 def _check_container(path: Path, max_bytes: int) -> None:
-    """Refuse what torch.load would trust: compressed (hence possibly exploding) or oversized members, wrong CRCs."""
+    """Refuse what torch.load would trust: compressed (hence possibly exploding) or oversized members, wrong CRCs, and a
+    pickle of anything but tensors and primitives."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if not members or min(member.header_offset for member in members) > 0:
+            raise zipfile.BadZipFile("something stands before the archive, in which torch might read another one")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise zipfile.BadZipFile("it has compressed members, which torch never writes")
         if sum(member.file_size for member in members) > min(max_bytes, 2 * path.stat().st_size):
             raise zipfile.BadZipFile("its members claim more bytes than they may have")
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                _check_pickle(archive.read(member))
+
+
+def _check_pickle(content: bytes) -> None:
+    """Refuse a pickle that names more than tensors are made of, or repeats a tuple.
+
+    torch's own reader runs no code, but it would still make a bytearray of any size, and hash tuples of tuples that
+    repeat each other, which takes exponential time.
+    """
+    previous, tuples = "", set()
+    for opcode, argument, _ in pickletools.genops(content):
+        name = opcode.name
+        if name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "DUP", "EXT1", "EXT2", "EXT4"):
+            raise pickle.UnpicklingError("it holds objects")
+        if name == "GLOBAL" and not TENSOR_PARTS.fullmatch(argument):
+            raise pickle.UnpicklingError(f"it names {reprlib.repr(argument)}")
+        if name in ("BINPUT", "LONG_BINPUT") and previous.startswith("TUPLE"):
+            tuples.add(argument)
+        if name in ("BINGET", "LONG_BINGET") and argument in tuples:
+            raise pickle.UnpicklingError("it repeats a tuple")
+        previous = name
 
 
 class _NoInitialisation(TorchFunctionMode):
@@ -167,5 +198,7 @@ def _check_weights(expected: dict, weights: dict) -> None:
             raise ValueError(f"weight {key} must be a tensor of shape {list(like.shape)}")
         if value.is_floating_point() != like.is_floating_point():
             raise ValueError(f"weight {key} has type {value.dtype}")
-        if not torch.isfinite(value).all():
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(f"weight {key} repeats its numbers")
+        if not torch.isfinite(value.to(like.dtype)).all():
             raise ValueError(f"weight {key} is not finite")

@@ -105,7 +105,13 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] -> uint8 0..255, rounded once; values outside are clipped. Inverse of `to_model_range`."""
+    """Float in [-1, 1] -> uint8 0..255, rounded once; values outside are clipped. Inverse of `to_model_range`.
+
+    Raises:
+        ExpectedError: a pixel is not finite: the model that drew it is broken.
+    """
+    if not torch.isfinite(images).all():
+        raise ExpectedError("the generator's samples are not finite; train it again, with a lower --lr")
     return images.float().add(1.0).mul_(127.5).round_().clamp_(0.0, 255.0).to(torch.uint8)
 
 

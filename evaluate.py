@@ -12,7 +12,16 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from flags import ArgumentParser, add_sampling_flags, positive_int, sample_count, sampling_options, seed_number
-from utils import ExpectedError, choose_device, keyed_generator, provenance, run_script, write_csv, write_json
+from utils import (
+    ExpectedError,
+    check_writable,
+    choose_device,
+    keyed_generator,
+    provenance,
+    run_script,
+    write_csv,
+    write_json,
+)
 
 MIN_SAMPLES = 200  # of ten digits, each of which needs more than the five neighbours of precision and recall
 SHIPPED = ["checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt", "checkpoints/best_DIFF.pt"]
@@ -56,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     # Load: the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
     generators = {path: load_generator(path, device) for path in args.models}
+    check_writable(args.out_dir)
     jobs = plan(args, generators)
     extractor = load_extractor(args, device)
     data_dir = args.data_dir or data.default_data_dir()
@@ -107,7 +117,7 @@ def score_real_digits(args: argparse.Namespace, reference, table: Table, train, 
     if target is not train:
         subsets = [train.subset(args.n, "floor", i) for i in range(FLOOR_SUBSETS)]
         scores = [reference.score(part.images, i, part.labels, memorised=False) for i, part in enumerate(subsets)]
-        table.add("real training digits", scores)
+        table.add("real training digits", scores, is_floor=True)
     table.add("real training digits" if target is train else "real test digits", [(reference.own_figures(), [])])
 
 
@@ -116,6 +126,7 @@ class Job(NamedTuple):
 
     name: str
     path: str
+    sha256: str
     generator: Any
     by_digit: bool
     options: dict[str, Any]
@@ -132,10 +143,8 @@ class Job(NamedTuple):
     @property
     def description(self) -> dict[str, Any]:
         """What stands beside the figures: the options of sampling, the network's size, its file and the file's hash."""
-        from checkpoint import file_sha256
-
         parameters = sum(parameter.numel() for parameter in self.generator.parameters())
-        return {**self.sampling, "parameters": parameters, "checkpoint": self.path, "sha256": file_sha256(self.path)}
+        return {**self.sampling, "parameters": parameters, "checkpoint": self.path, "sha256": self.sha256}
 
     @property
     def evaluations(self) -> int:
@@ -150,6 +159,8 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
     Raises:
         ExpectedError: a model of other classes than digits, or an option of sampling that it (or every model) refuses.
     """
+    from checkpoint import file_sha256
+
     jobs = []
     refusing = not any(generator.SAMPLE_OPTIONS for generator in generators.values())
     for path, generator in generators.items():
@@ -157,10 +168,11 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
         if classes not in (0, 10):
             raise ExpectedError(f"{path} has {classes} classes, and the test set 10; leave it out")
         options = sampling_options(args, generator, path) if generator.SAMPLE_OPTIONS or refusing else {}
+        sha256 = file_sha256(path)
         if generator.SAMPLE_OPTIONS and classes:
-            jobs.append(Job(name, path, generator, False, options))
+            jobs.append(Job(name, path, sha256, generator, False, options))
             name += ", by digit"
-        jobs.append(Job(name, path, generator, classes > 0, options))
+        jobs.append(Job(name, path, sha256, generator, classes > 0, options))
     return sorted(jobs, key=lambda job: job.by_digit)
 
 
@@ -182,27 +194,33 @@ def draw(job: Job, n: int, labels, rng, bar: tqdm):
 
 
 class Table:
-    """The rows of metrics.csv and metrics_by_digit.csv. The row that is added first is the floor of the later ratios."""
+    """The rows of metrics.csv and metrics_by_digit.csv. The row that is added as the floor is that of the later ratios."""
 
     def __init__(self, args: argparse.Namespace, reference: str, device: object):
         self.protocol = {"n": args.n, "extractor": args.extractor, "reference": reference, "first_seed": args.seed,
-                         "device": str(device)}  # fmt: skip
+                         "device": str(device), "dtype": "float32"}  # fmt: skip
         self.rows: list[dict] = []
         self.digit_rows: list[dict] = []
+        self.floor: dict | None = None
+        self.digit_floors: list[dict | None] = [None] * 10
 
-    def add(self, model: str, scores: list[tuple[dict, list[dict]]], description: dict | None = None) -> None:
+    def add(
+        self, model: str, scores: list[tuple[dict, list[dict]]], description: dict | None = None, is_floor: bool = False
+    ) -> None:
         """Add and print a model, given what `RealDigits.score` returned for each repetition."""
         figures, by_digit = zip(*scores)
-        floor = self.rows[0] if self.rows else None
         head = {"model": model, **self.protocol, "repeats": len(scores)}
-        self.rows.append({**head, **with_ratio(summarise(figures), floor), **(description or {})})
-        show(self.rows[-1])
-        digit_floors = self.digit_rows[:10]
-        for digit, repeated in enumerate(zip(*by_digit)):
-            floor = digit_floors[digit] if digit_floors else None
-            self.digit_rows.append({**head, "digit": digit, **with_ratio(summarise(repeated), floor)})
-        if by_digit[0]:
-            show_digits(self.digit_rows[-10:])
+        row = {**head, **with_ratio(summarise(figures), self.floor), **(description or {})}
+        digit_rows = [
+            {**head, "digit": digit, **with_ratio(summarise(repeated), self.digit_floors[digit])}
+            for digit, repeated in enumerate(zip(*by_digit))
+        ]
+        if is_floor:
+            self.floor, self.digit_floors = row, digit_rows
+        self.rows.append(row)
+        self.digit_rows += digit_rows
+        show(row)
+        show_digits(digit_rows)
 
     def write(self, folder: Path, origin: dict) -> None:
         """Write the tables; metrics.json holds both of them, and where they come from."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import metrics
-from checkpoint import FORMAT, file_sha256, has_format, load_model, read_tensors, write_tensors
+from checkpoint import FORMAT, MAX_MODEL_BYTES, file_sha256, has_format, load_model, read_tensors, write_tensors
 from data import NUM_CLASSES, Digits, load_digits, to_model_range, to_uint8
 from metrics import Estimate, Gaussian
 from utils import ExpectedError, keyed_generator
@@ -105,17 +105,35 @@ def load_reference(split: str, extractor: Extractor, path: Path = CHECKPOINTS / 
     Raises:
         ExpectedError: the file is missing, damaged, or belongs to another classifier.
     """
-    content = read_tensors(path)
+    content = read_tensors(path, MAX_MODEL_BYTES)
     if not has_format(content, {"classifier_sha256", "train", "test"}):
         raise ExpectedError(f"{path} is no statistics file of format {FORMAT}; restore the shipped one")
     if content["classifier_sha256"] != extractor.sha256:
         raise ExpectedError(
             f"{path} belongs to another classifier; run train_classifier.py --statistics-only --out-dir checkpoints"
         )
-    part = content[split]
-    gaussians = [Gaussian(mean.to(extractor.device), covariance.to(extractor.device), n)
-                 for mean, covariance, n in (part["whole"], *part["classes"])]  # fmt: skip
-    floors = {n: Floor(Estimate(*fid), class_fids) for n, (fid, class_fids) in part["floors"].items()}
+    try:
+        return _reference(content[split], extractor.device)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ExpectedError(
+            f"{path} does not hold the statistics of ten digits ({error}); restore the shipped one"
+        ) from error
+
+
+def _reference(part: dict, device: torch.device) -> Reference:
+    gaussians = []
+    for mean, covariance, n in (part["whole"], *part["classes"]):
+        d = len(mean)
+        if mean.shape != (d,) or covariance.shape != (d, d) or not isinstance(n, int):
+            raise ValueError("a mean and its covariance do not fit")
+        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise ValueError("they are not finite")
+        gaussians.append(Gaussian(mean.double().to(device), covariance.double().to(device), n))
+    if len({len(mean) for mean, _, _ in gaussians}) > 1 or len(gaussians) != 1 + NUM_CLASSES:
+        raise ValueError("they are not of ten classes")
+    floors = {int(n): Floor(Estimate(*map(float, fid)), [*map(float, fids)]) for n, (fid, fids) in part["floors"].items()}
+    if any(len(floor.class_fids) != NUM_CLASSES for floor in floors.values()):
+        raise ValueError("a floor is not of ten classes")
     return Reference(Statistics(gaussians[0], gaussians[1:]), floors)
 
 
@@ -192,10 +210,7 @@ class Scorer:
         """FID, its ratio to the floor, and inception score of `generator`'s samples; and how many digits there are among
         them (1 % of the samples each), and how varied they are (see `metrics.variety`), by which collapse shows."""
         samples = generator.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "scoring"), **self.options)
-        if not torch.isfinite(samples).all():
-            raise ExpectedError("the generator's samples are not finite; lower --lr, then start again")
-        images = to_uint8(samples)
-        features, probabilities = self.extractor(images)
+        features, probabilities = self.extractor(to_uint8(samples))
         gaussian, real = metrics.gaussian(features), self.reference.statistics
         fid = metrics.frechet_distance(gaussian, real.whole)
         score = metrics.inception_score(probabilities, keyed_generator("cpu", self.seed, "splits"))

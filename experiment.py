@@ -14,7 +14,7 @@ from torch import nn
 
 import callbacks
 import data
-from checkpoint import FORMAT, has_format, read_tensors
+from checkpoint import FORMAT, has_format, keep_previous, read_tensors
 from evaluation import Extractor, training_scorer
 from training import Callback, ProgressBar, StopSignals, TrainState, fit
 from utils import ExpectedError, Interrupted, choose_device, make_deterministic, provenance, resolve_precision
@@ -26,6 +26,7 @@ EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
 SLOW_EVAL_SAMPLES = {"mnist": 2_000, "digits": 700}  # of a model of many evaluations per image, on a CPU
 DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 100, "save_every": 1}
 DRY_RUN_BATCHES = 4
+DEFAULT_FOLDERS = (".", "runs/dry-run", "runs/limit", "runs/digits")  # where runs go without --out-dir
 GIF_COLUMNS = 8
 
 
@@ -42,11 +43,12 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, prefix: str, title: str, slow_sampling: bool = False):
         self.prefix, self.title, self.state = prefix, title, TrainState()
-        self.out_dir = _out_dir(args)
-        self.last = self.out_dir / "checkpoints" / f"last_{prefix}.pt"
+        self.out_dir = _out_dir(args, prefix)
+        self.last = _last(self.out_dir, prefix)
         self.saved = _read_last(self.last, prefix) if args.resume else None
         if self.saved:
             _adopt_flags(args, self.saved["flags"])
+            args.data_dir = args.data_dir or self.saved["data_dir"]
             self._adopt_state(self.saved["state"])
             self._check_unfinished(args)
         elif args.dry_run:
@@ -63,7 +65,10 @@ class Experiment:
         self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
 
     def _adopt_state(self, saved: dict) -> None:
-        if set(saved) != {field.name for field in dataclasses.fields(TrainState)}:
+        fresh = vars(TrainState())
+        if set(saved) != {field.name for field in dataclasses.fields(TrainState)} or any(
+            type(value) is not type(fresh[name]) for name, value in saved.items()
+        ):
             raise ExpectedError(f"{self.last} does not fit this version of the code; start a new run")
         vars(self.state).update(saved)
 
@@ -133,10 +138,13 @@ class Experiment:
         }
         hooks = {name: hook for name, hook in hooks.items() if hook}
         parts = {**networks, **optimizers, **hooks}
-        header = {"format": FORMAT, "training": self.prefix, "flags": flags}
+        header = {"format": FORMAT, "training": self.prefix, "flags": flags, "data_dir": args.data_dir}
         saver = callbacks.StateSaver(self.last, parts, header, signals)
         if self.saved:
             self._restore(parts)
+        else:
+            keep_previous(self.last)
+            saver.save(self.state)  # from here on, --resume continues this run and no earlier one
 
         with signals:
             try:
@@ -167,7 +175,7 @@ class Experiment:
         try:
             for name, part in parts.items():
                 part.load_state_dict(self.saved["parts"][name])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             raise ExpectedError(f"{self.last} does not fit this version of the code ({error}); start a new run") from error
 
     def _resume_line(self) -> str:
@@ -187,10 +195,14 @@ class Experiment:
         print("wrote", *written, hooks["log"].path, hooks["gif"].path, self.last, sep="\n  ")
 
 
-def _out_dir(args: argparse.Namespace) -> Path:
-    """`--out-dir`; else this folder for real runs, and one under runs/ for trials, which never touch shipped files."""
+def _out_dir(args: argparse.Namespace, prefix: str) -> Path:
+    """`--out-dir`; else that of the last run to resume; else this folder for real runs, and one under runs/ for trials,
+    which never touch shipped files."""
     if args.out_dir:
         return Path(args.out_dir)
+    if args.resume and not {"dry_run", "limit", "dataset"}.intersection(args.given):
+        found = [path for folder in DEFAULT_FOLDERS if (path := _last(Path(folder), prefix)).exists()]
+        return max(found, key=lambda path: path.stat().st_mtime, default=_last(Path("."), prefix)).parent.parent
     if args.dry_run:
         return Path("runs/dry-run")
     if args.limit:
@@ -198,18 +210,22 @@ def _out_dir(args: argparse.Namespace) -> Path:
     return Path("runs/digits") if args.dataset == "digits" else Path(".")
 
 
+def _last(folder: Path, prefix: str) -> Path:
+    return folder / "checkpoints" / f"last_{prefix}.pt"
+
+
 def _read_last(path: Path, prefix: str) -> dict:
     if not path.exists():
         raise ExpectedError(f"there is no run to resume: {path} does not exist; leave out --resume, or give its --out-dir")
     saved = read_tensors(path)
-    if not has_format(saved, {"training", "flags", "state", "parts"}) or saved["training"] != prefix:
+    if not has_format(saved, {"training", "flags", "data_dir", "state", "parts"}) or saved["training"] != prefix:
         raise ExpectedError(f"{path} is not the state of a {prefix} training of format {FORMAT}; start a new run")
     return saved
 
 
 def _adopt_flags(args: argparse.Namespace, flags: dict) -> None:
     """Take the resumed run's flags; refuse a typed flag that contradicts them."""
-    if set(flags) != set(vars(args)) - UNRECORDED:
+    if not isinstance(flags, dict) or set(flags) != set(vars(args)) - UNRECORDED:
         raise ExpectedError("the run to resume has other flags than this version of the code; start a new run")
     for name, value in flags.items():
         typed = getattr(args, name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from unittest import mock
 from urllib.error import URLError
 
 import torch
@@ -39,8 +40,8 @@ class InceptionExtractor:
 
         path = Path(weights) if weights else canonical_weights()
         try:
-            torch.load(path, map_location="cpu", weights_only=True)  # fails if it holds code; the next line would run it
-            network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
+            with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):  # torch-fidelity would run the file's code
+                network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
         except Exception as error:  # a damaged or hostile file can make the reader raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ExpectedError(f"{path} does not hold the Inception weights ({reason}); see --inception-weights") from error

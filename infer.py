@@ -68,7 +68,8 @@ def noise_source(args: argparse.Namespace):
 
 def describe(generator, path: str) -> str:
     """The title of a generator's panel."""
-    return f"{generator.model_name}: {Path(path).stem}, epoch {generator.meta.get('epoch', '?')}"
+    epoch = generator.meta.get("epoch")
+    return f"{generator.model_name}: {Path(path).stem}, epoch {epoch if type(epoch) is int else '?'}"
 
 
 class Denoising:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import reprlib
 from collections.abc import Iterator
 
 import torch
@@ -13,14 +14,14 @@ def check_int(config: object, name: str, low: int, high: int) -> None:
     """`ValueError` unless the field is an int in low..high: configs also come from files, which may ask for anything."""
     value = getattr(config, name)
     if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{type(config).__name__}.{name} must be an integer in {low}..{high}, not {value!r}")
+        raise ValueError(f"{type(config).__name__}.{name} must be an integer in {low}..{high}, not {reprlib.repr(value)}")
 
 
 def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     """`ValueError` unless the field is one of the choices."""
     value = getattr(config, name)
     if value not in choices:
-        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {value!r}")
+        raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {reprlib.repr(value)}")
 
 
 @contextlib.contextmanager

@@ -11,15 +11,17 @@ import base64
 import csv
 import json
 import mimetypes
+import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flags import ArgumentParser
 from utils import ExpectedError, atomic_path, run_script
 
-TEMPLATE = Path(__file__).parent / "report.html.jinja"
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+TEMPLATE, DISCUSSION, README = HERE / "report.html.jinja", HERE / "discussion.jinja", HERE / "README.md"
 LOGS = {"DCGAN": "gan", "conditional DCGAN": "cgan", "diffusion": "diffusion"}
+Row, Rows = dict[str, Any], list[dict[str, Any]]
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
 SAMPLE_COLUMNS = 10  # of a grid of ten rows
 NEIGHBOURS, NEIGHBOUR_COLUMNS = 3, 10
@@ -55,28 +57,46 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     # Read
-    metrics = read_metrics(args.reports / "metrics.json")
-    logs = {name: read_csv(args.reports / f"{title}_training_log.csv") for name, title in LOGS.items()}
-    pitfalls = read_csv(args.reports / "pitfalls.csv")
-    curves = sampler_curves(read_csv(args.reports / "samplers.csv"))
-    rows = {row["model"]: row for row in metrics["rows"]}
-    models = [row for row in metrics["rows"] if row.get("checkpoint")]
+    measured = read(args.reports)
+    paragraphs = discussion(measured)
 
     # Draw
-    import charts
-
-    charts.compare(args.reports / "fid_comparison.png", models, "fid", "FID (mnist extractor)", rows["real training digits"])
-    charts.compare(args.reports / "is_comparison.png", models, "is", "inception score", rows["real test digits"])
-    charts.training_curves(args.reports / "loss_comparison.png", logs)
-    charts.quality_against_cost(args.reports / "quality_against_cost.png", models, curves)
-    scored = [row for row in metrics["rows_by_digit"] if row.get("fid_ratio") is not None]
-    charts.heat_map(args.reports / "fid_by_digit.png", scored)
-    draw_samples(args, models)
+    draw_charts(args.reports, measured)
+    draw_samples(args, measured.models)
 
     # Write
-    write_page(args, metrics, models, rows, pitfalls)
-    write_readme(args.readme, metrics, pitfalls)
+    write_page(args, measured, paragraphs)
+    write_readme(args.readme, results(measured, paragraphs))
     print(f"wrote {args.reports / 'report.html'}, its figures, and the results in {args.readme}")
+
+
+class Measured(NamedTuple):
+    """What the report is drawn from: metrics.json, the logs by model, pitfalls.csv, and each sampler's curve."""
+
+    metrics: dict[str, Any]
+    logs: dict[str, Rows]
+    pitfalls: Rows
+    curves: dict[str, Rows]
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """The rows of metrics.json by their model."""
+        return {row["model"]: row for row in self.metrics["rows"]}
+
+    @property
+    def models(self) -> Rows:
+        """Those that are of models, not of real digits."""
+        return [row for row in self.metrics["rows"] if row.get("checkpoint")]
+
+
+def read(reports: Path) -> Measured:
+    """Everything that was measured, from the files in `reports`; `ExpectedError` names one that is missing."""
+    return Measured(
+        metrics=read_metrics(reports / "metrics.json"),
+        logs={name: read_csv(reports / f"{title}_training_log.csv") for name, title in LOGS.items()},
+        pitfalls=read_csv(reports / "pitfalls.csv"),
+        curves=sampler_curves(read_csv(reports / "samplers.csv")),
+    )
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -96,7 +116,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
+def read_csv(path: Path) -> Rows:
     """The rows of a CSV file; numbers as floats, empty cells as None."""
     try:
         with path.open() as file:
@@ -112,11 +132,11 @@ def _number(cell: str) -> float | str | None:
         return cell or None
 
 
-def sampler_curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def sampler_curves(rows: Rows) -> dict[str, Rows]:
     """samplers.csv averaged over its seeds: sampler -> points of growing cost."""
     from metrics import estimate
 
-    curves: dict[str, list[dict[str, Any]]] = {}
+    curves: dict[str, Rows] = {}
     for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in rows):
         same = [row for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
         ratio = estimate([row["fid_ratio"] for row in same])
@@ -126,7 +146,20 @@ def sampler_curves(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return {sampler: sorted(points, key=lambda point: point["evaluations"]) for sampler, points in curves.items()}
 
 
-def draw_samples(args: argparse.Namespace, models: list[dict[str, Any]]) -> None:
+def draw_charts(folder: Path, measured: Measured) -> None:
+    """The charts of metrics.json, of the logs and of the samplers."""
+    import charts
+
+    rows, models = measured.rows, measured.models
+    charts.compare(folder / "fid_comparison.png", models, "fid", "FID (mnist extractor)", rows["real training digits"])
+    charts.compare(folder / "is_comparison.png", models, "is", "inception score", rows["real test digits"])
+    charts.training_curves(folder / "loss_comparison.png", measured.logs)
+    charts.quality_against_cost(folder / "quality_against_cost.png", models, measured.curves)
+    scored = [row for row in measured.metrics["rows_by_digit"] if row.get("fid_ratio") is not None]
+    charts.heat_map(folder / "fid_by_digit.png", scored)
+
+
+def draw_samples(args: argparse.Namespace, models: Rows) -> None:
     """A grid of samples of each model, and some of them above their closest training digits."""
     import torch
 
@@ -153,17 +186,17 @@ def draw_samples(args: argparse.Namespace, models: list[dict[str, Any]]) -> None
     charts.neighbours(args.reports / "nearest_neighbours.png", panels)
 
 
-def by_digit(row: dict[str, Any]) -> bool:
+def by_digit(row: Row) -> bool:
     """Whether digits were asked for in this row."""
     return row.get("label_accuracy") is not None
 
 
-def sample_file(row: dict[str, Any]) -> str:
+def sample_file(row: Row) -> str:
     """The file of a model's grid, such as samples_ddpm_by_digit.png."""
     return f"samples_{row['model'].replace(', ', '_').replace(' ', '_')}.png"
 
 
-def table_of(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def table_of(rows: Rows) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles of the columns, and (title, cells) of each line: every figure with its deviation."""
     import charts
 
@@ -179,7 +212,7 @@ def table_of(rows: list[dict[str, Any]]) -> tuple[list[str], list[tuple[str, lis
     return [charts.label_of(row["model"]) for row in rows], lines
 
 
-def pitfall_table(pitfalls: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def pitfall_table(pitfalls: Rows) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns, and the cells of each line: a mistake below the same model without it."""
     lines = []
     for row in pitfalls:
@@ -191,9 +224,38 @@ def pitfall_table(pitfalls: list[dict[str, Any]]) -> tuple[list[str], list[list[
     return ["", "mistake", *(title for _, title, _, _ in PITFALL_FIGURES)], lines
 
 
-def write_page(
-    args: argparse.Namespace, metrics: dict[str, Any], models: list[dict], rows: dict[str, dict], pitfalls: list[dict]
-) -> None:
+def discussion(measured: Measured) -> list[tuple[str, str]]:
+    """What the figures say: (title, text) of each paragraph, the figures filled in from the files.
+
+    Raises:
+        ExpectedError: a model, mistake or sampler that the text speaks of was not measured.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    rows = measured.rows
+    known = {
+        "dcgan": rows.get("dcgan"),
+        "cdcgan": rows.get("cdcgan"),
+        "ddpm": rows.get("ddpm"),
+        "by_digit": rows.get("ddpm, by digit"),
+        "floor": rows["real training digits"],
+        "test": rows["real test digits"],
+        "minutes": {name: log[-1]["seconds"] / 60 for name, log in measured.logs.items()},
+        "mistakes": {(row["model"], row["mistake"]): row for row in measured.pitfalls},
+        "curves": {name: {point["evaluations"]: point for point in points} for name, points in measured.curves.items()},
+    }
+    try:
+        text = environment.from_string(DISCUSSION.read_text()).render(known)
+    except (jinja2.UndefinedError, TypeError) as error:
+        raise ExpectedError(
+            f"{DISCUSSION.name} speaks of what was not measured ({error}); run the README's commands"
+        ) from error
+    parts = (" ".join(part.split()) for part in text.split("\n\n"))
+    return [(title, rest.strip()) for title, _, rest in (part.partition(": ") for part in parts if part)]
+
+
+def write_page(args: argparse.Namespace, measured: Measured, paragraphs: list[tuple[str, str]]) -> None:
     """Write report.html, with every picture inside."""
     import jinja2
 
@@ -201,13 +263,15 @@ def write_page(
 
     files = sorted([*args.reports.iterdir(), *args.samples.iterdir()])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    rows, models = measured.rows, measured.models
     columns, lines = table_of([rows["real training digits"], rows["real test digits"], *models])
     page = environment.from_string(TEMPLATE.read_text()).render(
-        metrics=metrics,
+        metrics=measured.metrics,
         rows=rows,
         columns=columns,
         lines=lines,
-        pitfalls=pitfall_table(pitfalls),
+        pitfalls=pitfall_table(measured.pitfalls),
+        discussion=paragraphs,
         models=[(charts.label_of(row["model"]), sample_file(row), by_digit(row)) for row in models],
         images={path.name: inline(path) for path in files if path.suffix in (".png", ".gif")},
     )
@@ -221,8 +285,8 @@ def inline(path: Path) -> str:
     return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
-def write_readme(path: Path, metrics: dict[str, Any], pitfalls: list[dict[str, Any]]) -> None:
-    """Put the tables between the README's two marks.
+def write_readme(path: Path, section: str) -> None:
+    """Put `section` between the README's two marks.
 
     Raises:
         ExpectedError: the marks are not there.
@@ -232,15 +296,16 @@ def write_readme(path: Path, metrics: dict[str, Any], pitfalls: list[dict[str, A
     if not begin or not end:
         raise ExpectedError(f"{path} has no results section between {BEGIN} and {END}")
     with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{BEGIN}\n{results(metrics, pitfalls)}\n{END}{after}")
+        temporary.write_text(f"{before}{BEGIN}\n{section}\n{END}{after}")
 
 
-def results(metrics: dict[str, Any], pitfalls: list[dict[str, Any]]) -> str:
-    """The README's tables, in Markdown: the results, and what mistakes do to them."""
-    columns, lines = table_of([row for row in metrics["rows"] if row["model"] != "real test digits"])
-    mistakes = markdown(*pitfall_table(pitfalls))
+def results(measured: Measured, paragraphs: list[tuple[str, str]]) -> str:
+    """What report.py writes into the README, in Markdown: the results, what they say, and what mistakes do to them."""
+    columns, lines = table_of([measured.rows["real training digits"], *measured.models])
+    mistakes = markdown(*pitfall_table(measured.pitfalls))
+    text = "\n\n".join(textwrap.fill(f"**{title}.** {rest}", 124, break_on_hyphens=False) for title, rest in paragraphs)
     return (
-        f"{markdown(['', *columns], [[title, *cells] for title, cells in lines])}\n\n"
+        f"{markdown(['', *columns], [[title, *cells] for title, cells in lines])}\n\n{text}\n\n"
         f"What known mistakes do to such figures (`benchmarks/pitfalls.py`; against the training set):\n\n{mistakes}"
     )
 

@@ -21,9 +21,9 @@ DRY_RUN_DIGITS = 1_280
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = flags.ArgumentParser(__doc__)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--epochs", type=flags.positive_int, default=40, help="passes over the 55,000 training digits")
+    flag("--epochs", type=flags.epoch_count, default=40, help="passes over the 55,000 training digits")
     flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
-    flag("--lr", type=flags.positive_float, default=3e-3, help="peak learning rate of AdamW (one cycle)")
+    flag("--lr", type=flags.learning_rate, default=3e-3, help="peak learning rate of AdamW (one cycle)")
     flag("--width", type=flags.positive_int, default=16, help="channels at 28x28")
     flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

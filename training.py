@@ -144,7 +144,7 @@ def fit(
 class StopSignals:
     """SIGINT and SIGTERM, held back until the training is at rest, or served at once within `at_once()`.
 
-    A second signal ends the process at once, the Python way.
+    A second SIGINT ends the process at once, the Python way; a second SIGTERM (some tools send two) changes nothing.
     """
 
     def __init__(self):
@@ -163,7 +163,9 @@ class StopSignals:
 
     def _handle(self, signum: int, _frame: object) -> None:
         if self.received:
-            raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.received = signum
         if self._immediate:
             raise Interrupted(signum)
@@ -171,10 +173,10 @@ class StopSignals:
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """For work that can be repeated (sampling, scoring): a signal raises `Interrupted` inside this block."""
-        if self.received:
-            raise Interrupted(self.received)
-        self._immediate = True
+        self._immediate = True  # before the question: a signal that comes between the two must not be lost
         try:
+            if self.received:
+                raise Interrupted(self.received)
             yield
         finally:
             self._immediate = False
@@ -229,8 +231,8 @@ class ProgressBar(Callback):
             shown.append(f"FID {scored['fid']:.3f}")
         if "label_accuracy" in scored:
             shown.append(f"label accuracy {100 * scored['label_accuracy']:.2f} %")
-        if "warning" in row:
-            shown.append(f"({row['warning']})")
+        if "warning" in scored:
+            shown.append(f"({scored['warning']})")
         if state.best_epoch:
             shown.append(f"best {state.best_fid:.3f} @{state.best_epoch}")
         return "  ".join(shown)

@@ -164,6 +164,19 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: str | os.PathLike) -> None:
+    """Make the folder and try to write there: before hours of work, not after them.
+
+    Raises:
+        ExpectedError: it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ExpectedError(f"cannot write in {folder} ({error.strerror or error}); choose another folder") from error
+
+
 def _sweep(path: Path) -> None:
     """Remove the temporary files for `path` of processes that are gone."""
     prefix = f".{path.stem}."
@@ -180,7 +193,7 @@ def _is_another_running(pid: int) -> bool:
         os.kill(pid, 0)  # sends nothing
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except (OSError, OverflowError):  # somebody else's, or no process at all
         return True
     return True
 

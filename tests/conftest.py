@@ -9,6 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other, so one core each; torch reads it when it is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -1,6 +1,6 @@
-"""Not a test: a trainer that test_resume.py starts, and that kills itself at the n-th visit of a place.
+"""Not a test: a trainer that test_resume.py starts, and that sends itself a signal at the n-th visit of a place.
 
-python tests/killed.py PLACE N train_gan.py [its flags]
+python tests/killed.py SIGKILL PLACE N train_gan.py [its flags]
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from models import DDPM, Generator
 PLACES = {
     "step": [(GANStep, "__call__"), (DiffusionStep, "__call__")],
     "sampling": [(Generator, "sample"), (DDPM, "sample")],
+    "evaluation": [(Generator, "forward"), (DDPM, "forward")],
     "scoring": [(metrics, "frechet_distance")],
     "writing": [(Path, "write_bytes")],
     "flushing": [(os, "fsync")],
@@ -30,8 +32,8 @@ PLACES = {
 }
 
 
-def deadly(function: Callable, visits: int) -> Callable:
-    """The function, which on its last visit kills the process; of what it was to write, half is written before."""
+def deadly(function: Callable, visits: int, signum: int) -> Callable:
+    """The function, which on its last visit sends the signal; of what it was to write, half is written before."""
     count = 0
 
     def visited(*args, **options):
@@ -40,16 +42,17 @@ def deadly(function: Callable, visits: int) -> Callable:
         if count == visits:
             if function.__name__ == "write_bytes":
                 function(args[0], args[1][: len(args[1]) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
+            print("signal at", time.time(), flush=True)
+            os.kill(os.getpid(), signum)
         return function(*args, **options)
 
     return visited
 
 
 def main() -> None:
-    place, visits, script, *sys.argv[1:] = sys.argv[1:]
+    signum, place, visits, script, *sys.argv[1:] = sys.argv[1:]
     for owner, name in PLACES[place]:
-        setattr(owner, name, deadly(getattr(owner, name), int(visits)))
+        setattr(owner, name, deadly(getattr(owner, name), int(visits), signal.Signals[signum]))
     sys.argv[0] = script
     runpy.run_path(str(ROOT / script), run_name="__main__")
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import pickle
+import resource
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,18 +120,91 @@ def test_flipped_bytes_are_refused(saved):
 
 
 class Gadget:
+    """Unpickles as a call of the given function."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
     def __reduce__(self):
-        return print, ("code from a checkpoint was run",)
+        return self.call
 
 
-def test_pickles_are_never_run(tmp_path, capsys):
-    torch.save({"format": 1, "model": Gadget()}, tmp_path / "gadget.pt")
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Gadget()))
-    torch.save({"weights": Gadget()}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+@pytest.fixture
+def limited_memory():
+    """What hostile files may not exceed: 2 GiB more than this process has now."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + 2 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+GADGETS = {
+    "prints": Gadget(print, "code from a checkpoint was run"),
+    "runs a command": Gadget(os.system, "echo code from a checkpoint was run"),
+    "runs a string": Gadget(exec, "print('code from a checkpoint was run')"),
+    "loads another pickle": Gadget(pickle.loads, pickle.dumps(1)),
+    "takes an attribute": Gadget(getattr, torch, "load"),
+    "sixteen gigabytes": Gadget(bytearray, 2**34),
+    "builds a network": torch.nn.Linear(2, 2),
+    "carries a function": torch.nn.functional.relu,
+}
+
+
+@pytest.mark.parametrize("content", GADGETS.values(), ids=GADGETS)
+def test_pickles_are_never_run(content, tmp_path, capfd, limited_memory):
+    torch.save({"format": 1, "model": content}, tmp_path / "gadget.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(content))
+    torch.save({"weights": content}, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
     for name in ("gadget.pt", "plain.pt", "legacy.pt"):
         with pytest.raises(ExpectedError, match="damaged"):
             load_generator(tmp_path / name)
-    assert "was run" not in capsys.readouterr().out
+    assert "was run" not in capfd.readouterr().out
+
+
+def test_a_maze_of_tuples_is_refused(tmp_path):
+    """Each holds the one before twice: to hash the last takes 2^60 steps."""
+    maze = ()
+    for _ in range(60):
+        maze = (maze, maze)
+    torch.save({"format": 1, "meta": maze}, tmp_path / "maze.pt")
+    with pytest.raises(ExpectedError, match="repeats a tuple"):
+        load_generator(tmp_path / "maze.pt")
+
+
+def test_a_maze_of_lists_is_named_in_short(saved):
+    _, path = saved
+    maze = []
+    for _ in range(40):
+        maze = [maze, maze]
+    content = read_tensors(path)
+    content["config"]["width"] = maze
+    torch.save(content, path)
+    with pytest.raises(ExpectedError, match="width must be") as caught:
+        load_generator(path)
+    assert len(str(caught.value)) < 10_000
+
+
+def test_an_archive_behind_another_is_refused(saved, tmp_path):
+    """Python reads an archive from its end, torch may read one at its beginning."""
+    _, path = saved
+    (tmp_path / "two.pt").write_bytes(path.read_bytes() * 2)
+    with pytest.raises(ExpectedError, match="before the archive"):
+        load_generator(tmp_path / "two.pt")
+
+
+def test_members_that_claim_too_much_are_refused(saved):
+    """A second entry of the directory for the same bytes: small on disk, large when read."""
+    _, path = saved
+    with zipfile.ZipFile(path, "a") as archive:
+        largest = max(archive.filelist, key=lambda member: member.file_size)
+        for i in range(8):
+            twin = copy.copy(largest)
+            twin.filename = f"{largest.filename}{i}"
+            archive.filelist.append(twin)
+        archive._didModify = True
+    with pytest.raises(ExpectedError, match="damaged"):
+        load_generator(path)
 
 
 def test_compressed_members_are_refused(saved, tmp_path):
@@ -167,6 +244,11 @@ def changed(path, **changes):
         ({"weights": lambda w: w | {"conv28.bias": torch.tensor([torch.nan])}}, "not finite"),
         ({"weights": lambda w: w | {"conv28.bias": torch.ones(1, dtype=torch.int64)}}, "type"),
         ({"weights": lambda w: w | {"conv28.bias": [1.0]}}, "tensor"),
+        ({"weights": lambda w: w | {"conv28.bias": torch.full((1,), 1e300, dtype=torch.float64)}}, "not finite"),
+        (
+            {"weights": lambda w: {k: v.flatten()[:1].clone().expand(v.numel()).view(v.shape) for k, v in w.items()}},
+            "repeats",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(saved, changes, reason):

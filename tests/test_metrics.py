@@ -135,6 +135,31 @@ def test_kernel_distance_is_unbiased():
     assert metrics.kernel_distance(torch.randn(500, 8), torch.randn(500, 8) + 1, rng()).mean > 0.1
 
 
+def test_torch_fidelity_agrees():
+    """All that it computes from features, on the same ones; subsets are the whole, so that their choice is no matter."""
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import isc_features_to_metric
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    real, fake = correlated(300, 16, 6).double(), correlated(300, 16, 7, shift=0.5).double()
+    statistics = (fid_features_to_statistics(features) for features in (real, fake))
+    theirs = fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
+    assert metrics.frechet_distance(metrics.gaussian(real), metrics.gaussian(fake)) == pytest.approx(theirs, rel=1e-8)
+
+    theirs = isc_features_to_metric(fake, splits=1)["inception_score_mean"]
+    assert metrics.inception_score(fake.softmax(1), rng(), splits=1).mean == pytest.approx(theirs, rel=1e-9)
+
+    theirs = kid_features_to_metric(real, fake, kid_subsets=1, kid_subset_size=300, verbose=False)
+    ours = metrics.kernel_distance(real, fake, rng(), subsets=1, subset_size=300)
+    assert ours.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+    theirs = prc_features_to_metric(fake, real, prc_neighborhood=5, verbose=False)
+    ours = metrics.fidelity(real, fake, k=5)
+    assert 0 < ours.precision != ours.recall < 1
+    assert (ours.precision, ours.recall) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+
+
 def brute_fidelity(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float, float, float]:
     """The definitions, in loops."""
 

@@ -7,9 +7,11 @@ import csv
 import math
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +46,7 @@ TRAINERS = [
     Trainer("train_gan.py", "GAN", "gan", GANStep, ["GAN_G", "GAN_D"], FLAGS),
     Trainer("train_cgan.py", "CGAN", "cgan", GANStep, ["CGAN_G", "CGAN_D"], FLAGS),
     Trainer("train_diffusion.py", "DIFF", "diffusion", DiffusionStep, ["DIFF"],
-            [*FLAGS, "--steps", 2, "--batch-size", 64, "--limit", 320]),  # as many steps, and quicker ones
+            [*FLAGS, "--steps", 2, "--batch-size", 64, "--limit", 320, "--eval-samples", 160]),  # as many steps, and quicker
 ]  # fmt: skip
 
 
@@ -275,7 +277,7 @@ def survive(kills: int, trainer, whole_run, tmp_path, seed: int) -> None:
             place = rng.choice(list(PLACES)) if survived < kills else "step"
             count = rng.randint(1, PLACES[place]) if survived < kills else 1000
             flags = ["--resume"] if saved else trainer.flags
-            result = run_process("tests/killed.py", place, count, trainer.script, *flags, "--out-dir", folder)
+            result = run_process("tests/killed.py", "SIGKILL", place, count, trainer.script, *flags, "--out-dir", folder)
             code = result.returncode
             assert code in (0, -signal.SIGKILL), result.stderr
             survived += code != 0
@@ -289,6 +291,16 @@ def survive(kills: int, trainer, whole_run, tmp_path, seed: int) -> None:
             assert (folder / name).read_bytes() == (whole_run / name).read_bytes()
         assert not list(folder.rglob(".*")), "temporary files are left"
         run_number += 1
+
+
+@pytest.mark.parametrize(("signum", "place"), [("SIGINT", "evaluation"), ("SIGTERM", "scoring")])
+def test_sampling_and_scoring_stop_within_seconds(signum, place, trainer, tmp_path):
+    result = run_process("tests/killed.py", signum, place, 1, trainer.script, *trainer.flags, "--out-dir", tmp_path)
+    ended = time.time()
+    assert result.returncode == 128 + signal.Signals[signum]
+    assert f"python {trainer.script} --resume --out-dir {tmp_path}" in result.stderr
+    began = re.search(r"signal at ([\d.]+)", result.stdout)
+    assert ended - float(began[1]) < 5  # a second or two, on a machine that has other things to do
 
 
 def test_a_killed_run_is_resumed(whole_run, trainer, tmp_path):

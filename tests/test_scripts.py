@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
 
 import data
+import evaluation
 import plots
 from checkpoint import file_sha256, load_generator
 from data import to_uint8
@@ -102,14 +103,29 @@ def test_train_gan_dry_run_on_mnist(mnist_dir, run, tmp_path, loss):
     assert flags["loss"] == loss and flags["precision"] == "bf16" and flags["ema"] is False
 
 
-def test_train_classifier_dry_run(mnist_dir, run, tmp_path):
+@pytest.fixture
+def fewer_digits(monkeypatch):
+    """A function that makes every script read so many digits of either split."""
+    load = data.load_digits
+
+    def limit(train: int, test: int) -> None:
+        monkeypatch.setattr(
+            data, "load_digits", lambda *args: load(*args).subset({"train": train, "test": test}[args[1]], "few")
+        )
+
+    return limit
+
+
+def test_train_classifier_dry_run(mnist_dir, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "FLOOR_SIZES", (500,))  # the other floors take most of the time
     code, out, err = run("train_classifier.py", "--dry-run", "--data-dir", mnist_dir, "--out-dir", tmp_path)
     assert code == 0, err
     assert "test accuracy" in out and "SHA-256" in out
     assert {path.name for path in tmp_path.iterdir()} == {"classifier.pt", "classifier_statistics.pt"}
 
 
-def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
+def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path, fewer_digits):
+    fewer_digits(train=8000, test=2000)
     models = [SHIPPED, ROOT / "checkpoints" / "best_CGAN_G.pt", tiny_ddpm(tmp_path)]
     args = ["--n", 500, "--seeds", 2, "--steps", 2, "--guidance", 1.5, "--data-dir", mnist_dir, "--out-dir", tmp_path]
     code, _, err = run("evaluate.py", "--models", *models, *args)
@@ -146,9 +162,8 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path):
         assert code == 1 and reason in error_line(err)
 
 
-def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_dir, run, tmp_path, monkeypatch):
-    load = data.load_digits
-    monkeypatch.setattr(data, "load_digits", lambda *args: load(*args).subset({"train": 900, "test": 300}[args[1]], "few"))
+def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_dir, run, tmp_path, fewer_digits):
+    fewer_digits(train=900, test=300)
     args = ["--models", SHIPPED, "--n", 400, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", tmp_path]
     code, out, err = run("evaluate.py", *args)
     assert code == 0 and "to do: 400 network evaluations" in out, err
