@@ -84,21 +84,12 @@ def _loss_names(rows: Rows) -> dict[str, str]:
     return {name: label for name, label in names.items() if name in rows[0]}
 
 
-def quality_against_cost(path: str | os.PathLike, rows: Rows, curves: dict[str, Rows]) -> None:
-    """FID ratio over network evaluations and over images/s, all logarithmic.
-
-    Args:
-        rows: of metrics.json, the models.
-        curves: sampler -> rows of samplers.csv, averaged over their seeds.
-    """
+def quality_against_cost(path: str | os.PathLike, rows: Rows) -> None:
+    """FID ratio of the models of metrics.json over network evaluations and over images/s, all logarithmic."""
     figure = Figure(figsize=(9.0, 4.0), dpi=150, layout="constrained")
     for axes, cost, label in zip(
         figure.subplots(1, 2), ("evaluations", "images_per_second"), ("network evaluations per image", "images per second")
     ):
-        for (sampler, points), line in zip(curves.items(), ("-", "--", ":", "-.")):
-            axes.errorbar([point[cost] for point in points], [point["fid_ratio"] for point in points],
-                          [point["fid_ratio_std"] for point in points], color="#777777", linestyle=line, marker=".",
-                          capsize=2, label=sampler)  # fmt: skip
         for row in rows:
             name, colour, marker, _ = style_of(row["model"])
             axes.errorbar(row[cost], row["fid_ratio"], row["fid_ratio_std"], color=colour, marker=marker, markersize=8,

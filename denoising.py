@@ -7,6 +7,7 @@ import argparse
 import torch
 from torch import Tensor
 
+from checkpoint import file_sha256, load_generator
 from experiment import Experiment
 from guard import Guard
 from models import DDPM, build
@@ -55,6 +56,8 @@ def train_ddpm(args: argparse.Namespace) -> None:
         model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     except ValueError as error:
         raise ExpectedError(f"{error}; choose another value") from error
+    if args.init and not args.resume:
+        args.init = load_weights(model, args.init)
     model.to(run.device)
     if not args.label_dropout:
         print("--label-dropout 0: what this model samples without a label, or with guidance, will mean nothing")
@@ -73,4 +76,18 @@ def train_ddpm(args: argparse.Namespace) -> None:
         time_power=args.time_power,
     )
     sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
-    run.train(step, model, {"model": model}, {"lr": optimizer}, {"": ("ddpm", model)}, sampling)
+    exports = {"": ("ddpm", model)}
+    run.train(step, model, {"model": model}, {"lr": optimizer}, exports, sampling, two_way=args.label_dropout > 0)
+
+
+def load_weights(model: DDPM, path: str) -> str:
+    """Give `model` the weights of a checkpoint; returns the first digits of the file's SHA-256, to be recorded.
+
+    Raises:
+        ExpectedError: the file holds another model, or one of another shape or kind.
+    """
+    source = load_generator(path)
+    if source.model_name != "ddpm" or source.config != model.config:
+        raise ExpectedError(f"--init {path} holds a {source.model_name} with {source.config}, and this is {model.config}")
+    model.load_state_dict(source.state_dict())
+    return file_sha256(path)[:16]

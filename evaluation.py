@@ -229,17 +229,41 @@ class Scorer:
         return {"label_accuracy": metrics.label_accuracy(probabilities, labels), **ratios}
 
 
+@dataclasses.dataclass
+class TwoWayScorer:
+    """Scores a model that draws any digit and the digits that are asked for: the figures are those of any digit, with
+    label accuracy and per-digit FID of the asked ones, and their FID as `fid_asked`."""
+
+    any_digit: Scorer
+    asked: Scorer
+
+    def __call__(self, generator: nn.Module) -> dict[str, float]:
+        asked = self.asked(generator)
+        renamed = {f"{name}_asked": asked[name] for name in ("fid", "fid_ratio")}
+        return {**asked, **self.any_digit(generator), **renamed}
+
+
 def training_scorer(
-    digits: Digits, extractor: Extractor, n: int, seed: int, conditional: bool, options: dict | None = None
-) -> Scorer:
+    digits: Digits,
+    extractor: Extractor,
+    n: int,
+    seed: int,
+    conditional: bool,
+    options: dict | None = None,
+    two_way: bool = False,
+) -> Scorer | TwoWayScorer:
     """The scorer of a training on `digits`: against the shipped training-set statistics of MNIST (also with --limit),
-    or against the training part of the embedded digits. A conditional model is asked for the training set's labels."""
+    or against the training part of the embedded digits. A conditional model is asked for the training set's labels; with
+    `two_way` it also draws without any."""
     if len(digits) < 2:
         raise ExpectedError("one training digit has no statistics to compare with; give a larger --limit")
     shipped = digits.name == "mnist"
     reference = load_reference("train", extractor) if shipped else measure_reference(digits, extractor, (n,))
-    labels = proportional_labels(digits, n, seed) if conditional else None
-    return Scorer(extractor, reference, n, seed, labels, options or {})
+    any_digit = Scorer(extractor, reference, n, seed, None, options or {})
+    if not conditional:
+        return any_digit
+    asked = dataclasses.replace(any_digit, labels=proportional_labels(digits, n, seed))
+    return TwoWayScorer(any_digit, asked) if two_way else asked
 
 
 def proportional_labels(digits: Digits, n: int, seed: int) -> Tensor:

@@ -96,6 +96,7 @@ class Experiment:
         exports: dict[str, tuple[str, nn.Module]],
         sample_options: dict | None = None,
         guessing: float | None = None,
+        two_way: bool = False,
     ) -> None:
         """Train, score and write until the run is over, or a signal interrupts it.
 
@@ -106,6 +107,7 @@ class Experiment:
                 the log.
             exports: suffix of the file -> (model name, network), what to write; `model` is written as its EMA.
             sample_options: of the model's `sample`, for the monitor and the GIF.
+            two_way: the model learns to draw without labels too, and is scored in both ways.
             guessing: what a discriminator's `loss_d` would be if it guessed; None where there is none.
         """
         args, signals = self.args, StopSignals()
@@ -113,7 +115,7 @@ class Experiment:
         sampled = ema.model if ema else model
         conditional = model.config.num_classes > 0
         scorer = training_scorer(
-            self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional, sample_options
+            self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional, sample_options, two_way
         )
         shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
         flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}

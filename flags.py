@@ -198,6 +198,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
     flag("--time-power", type=positive_float, default=0.75,
          help="training times are timesteps * u^power, u uniform; below 1 noisy ones are more frequent")  # fmt: skip
+    flag("--init", default=None, help="checkpoint of such a diffusion model, whose weights are the first ones: fine-tuning")
     flag("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no bound")
     flag(
         "--label-dropout",

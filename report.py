@@ -11,6 +11,7 @@ import base64
 import csv
 import json
 import mimetypes
+import statistics
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,9 +30,11 @@ NEIGHBOURS, NEIGHBOUR_COLUMNS = 3, 10
 # What stands in the tables: name in metrics.json, title, digits after the point, factor
 FIGURES = [
     ("fid", "FID", 3, 1), ("fid_ratio", "FID / FID of real digits", 1, 1), ("kid", "KID", 3, 1),
-    ("is", "inception score", 3, 1), ("precision", "precision", 3, 1), ("recall", "recall", 3, 1),
+    ("is", "inception score", 3, 1), ("is_splits", "its deviation over ten splits", 3, 1),
+    ("precision", "precision", 3, 1), ("recall", "recall", 3, 1),
     ("density", "density", 3, 1), ("coverage", "coverage", 3, 1), ("label_accuracy", "label accuracy, %", 2, 100),
-    ("nearest_median_ratio", "distance to training digits: ratio of medians", 2, 1),
+    ("nearest_median_ratio", "distance to training digits / that of test digits: medians", 2, 1),
+    ("nearest_percentile_ratio", "the same: first percentiles", 2, 1),
     ("nearest_share_close", "closer than 1 % of test digits are, %", 1, 100),
     ("evaluations", "network evaluations per image", 0, 1), ("images_per_second", "images/s", 0, 1),
     ("parameters", "parameters, million", 2, 1e-6),
@@ -71,12 +74,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Measured(NamedTuple):
-    """What the report is drawn from: metrics.json, the logs by model, pitfalls.csv, and each sampler's curve."""
+    """What the report is drawn from: metrics.json, the logs by model, pitfalls.csv, and the FID ratios of samplers.csv."""
 
     metrics: dict[str, Any]
     logs: dict[str, Rows]
     pitfalls: Rows
-    curves: dict[str, Rows]
+    curves: dict[str, dict[int, float]]
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -109,9 +112,11 @@ def read_metrics(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text())
         if not all(name in metrics for name in ("command", "versions", "rows", "rows_by_digit")):
             raise ValueError("it lacks some of its entries")
-        if missing := {"real training digits", "real test digits"} - {row["model"] for row in metrics["rows"]}:
+        if missing := {"real training digits", "real test digits", "dcgan"} - {row["model"] for row in metrics["rows"]}:
             raise ValueError(f"it has no {missing.pop()}")
-    except (OSError, ValueError) as error:
+        if any(row["extractor"] != "mnist" for row in metrics["rows"]):
+            raise ValueError("it is of another extractor than mnist")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ExpectedError(f"{path} cannot be read ({error}); run evaluate.py first") from error
     return metrics
 
@@ -121,8 +126,8 @@ def read_csv(path: Path) -> Rows:
     try:
         with path.open() as file:
             return [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
-    except OSError as error:
-        raise ExpectedError(f"{path} cannot be read ({error.strerror}); the README says which command writes it") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise ExpectedError(f"{path} cannot be read ({error}); the README says which command writes it") from error
 
 
 def _number(cell: str) -> float | str | None:
@@ -132,29 +137,23 @@ def _number(cell: str) -> float | str | None:
         return cell or None
 
 
-def sampler_curves(rows: Rows) -> dict[str, Rows]:
-    """samplers.csv averaged over its seeds: sampler -> points of growing cost."""
-    from metrics import estimate
-
-    curves: dict[str, Rows] = {}
-    for sampler, steps in dict.fromkeys((row["sampler"], row["steps"]) for row in rows):
-        same = [row for row in rows if (row["sampler"], row["steps"]) == (sampler, steps)]
-        ratio = estimate([row["fid_ratio"] for row in same])
-        rate = estimate([row["images_per_second"] for row in same])
-        point = {"evaluations": steps, "images_per_second": rate.mean, "fid_ratio": ratio.mean, "fid_ratio_std": ratio.std}
-        curves.setdefault(sampler, []).append(point)
-    return {sampler: sorted(points, key=lambda point: point["evaluations"]) for sampler, points in curves.items()}
+def sampler_curves(rows: Rows) -> dict[str, dict[int, float]]:
+    """samplers.csv averaged over its seeds: sampler -> evaluations -> FID ratio."""
+    curves: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        curves.setdefault(row["sampler"], {}).setdefault(int(row["steps"]), []).append(row["fid_ratio"])
+    return {sampler: {steps: statistics.mean(r) for steps, r in points.items()} for sampler, points in curves.items()}
 
 
 def draw_charts(folder: Path, measured: Measured) -> None:
-    """The charts of metrics.json, of the logs and of the samplers."""
+    """The charts of metrics.json and of the logs."""
     import charts
 
     rows, models = measured.rows, measured.models
     charts.compare(folder / "fid_comparison.png", models, "fid", "FID (mnist extractor)", rows["real training digits"])
     charts.compare(folder / "is_comparison.png", models, "is", "inception score", rows["real test digits"])
     charts.training_curves(folder / "loss_comparison.png", measured.logs)
-    charts.quality_against_cost(folder / "quality_against_cost.png", models, measured.curves)
+    charts.quality_against_cost(folder / "quality_against_cost.png", models)
     scored = [row for row in measured.metrics["rows_by_digit"] if row.get("fid_ratio") is not None]
     charts.heat_map(folder / "fid_by_digit.png", scored)
 
@@ -243,7 +242,7 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         "test": rows["real test digits"],
         "minutes": {name: log[-1]["seconds"] / 60 for name, log in measured.logs.items()},
         "mistakes": {(row["model"], row["mistake"]): row for row in measured.pitfalls},
-        "curves": {name: {point["evaluations"]: point for point in points} for name, points in measured.curves.items()},
+        "curves": measured.curves,
     }
     try:
         text = environment.from_string(DISCUSSION.read_text()).render(known)
@@ -265,16 +264,19 @@ def write_page(args: argparse.Namespace, measured: Measured, paragraphs: list[tu
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     rows, models = measured.rows, measured.models
     columns, lines = table_of([rows["real training digits"], rows["real test digits"], *models])
-    page = environment.from_string(TEMPLATE.read_text()).render(
-        metrics=measured.metrics,
-        rows=rows,
-        columns=columns,
-        lines=lines,
-        pitfalls=pitfall_table(measured.pitfalls),
-        discussion=paragraphs,
-        models=[(charts.label_of(row["model"]), sample_file(row), by_digit(row)) for row in models],
-        images={path.name: inline(path) for path in files if path.suffix in (".png", ".gif")},
-    )
+    try:
+        page = environment.from_string(TEMPLATE.read_text()).render(
+            metrics=measured.metrics,
+            rows=rows,
+            columns=columns,
+            lines=lines,
+            pitfalls=pitfall_table(measured.pitfalls),
+            discussion=paragraphs,
+            models=[(charts.label_of(row["model"]), sample_file(row), by_digit(row)) for row in models],
+            images={path.name: inline(path) for path in files if path.suffix in (".png", ".gif")},
+        )
+    except jinja2.UndefinedError as error:  # a picture that is missing
+        raise ExpectedError(f"the page lacks something: {error}; the README says which command writes it") from error
     with atomic_path(args.reports / "report.html") as temporary:
         temporary.write_text(page)
 

@@ -231,8 +231,8 @@ class ProgressBar(Callback):
             shown.append(f"FID {scored['fid']:.3f}")
         if "label_accuracy" in scored:
             shown.append(f"label accuracy {100 * scored['label_accuracy']:.2f} %")
-        if "warning" in scored:
-            shown.append(f"({scored['warning']})")
+        if warning := (row if "epoch" in row else last).get("warning"):
+            shown.append(f"({warning})")
         if state.best_epoch:
             shown.append(f"best {state.best_fid:.3f} @{state.best_epoch}")
         return "  ".join(shown)

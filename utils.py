@@ -14,6 +14,7 @@ import io
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,7 @@ class Interrupted(BaseException):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 130, 143 (argparse: 2)."""
+    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         main()
     except ExpectedError as error:
@@ -57,7 +59,14 @@ def run_script(main: Callable[[], None]) -> None:
         print(f"stopped by signal {stop.signum}. {stop.hint}".strip(), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
+        print(f"stopped by signal {signal.SIGINT.value}.", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _interrupt(signum: int, _frame: object) -> None:
+    raise Interrupted(signum)
 
 
 def _error_line(error: Exception) -> int:

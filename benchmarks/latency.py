@@ -23,7 +23,7 @@ import data
 import flags
 import metrics
 from checkpoint import load_generator
-from evaluation import Extractor, Scorer, load_reference
+from evaluation import Extractor, RealDigits, Scorer, load_reference
 from utils import choose_device, keyed_generator, run_script
 
 
@@ -43,7 +43,8 @@ def main() -> None:
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
     images = data.to_uint8(generator.sample(args.n, rng=keyed_generator("cpu", 0)))
     features, _ = extractor(images)
-    real = extractor(data.load_digits("mnist", "test", data_dir, device).images)[0]
+    train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
+    reference = RealDigits(test, test, train, extractor)
     help_command = [sys.executable, str(ROOT / "train_gan.py"), "--help"]
     digit_model = str(ROOT / "checkpoints" / "best_CGAN_G.pt")
     digit_command = [sys.executable, str(ROOT / "inference.py"), "--model", digit_model, "--digit", "9", "--outdir"]
@@ -60,12 +61,14 @@ def main() -> None:
         "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
         "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
         "  of that: features": lambda: extractor(images),
-        "precision, recall, density, coverage": lambda: metrics.fidelity(real, features),
-        "KID": lambda: metrics.kernel_distance(real, features, keyed_generator("cpu", 0)),
+        "a scoring of evaluate.py: every figure": lambda: reference.score(images, 0),
+        "  of that: precision, recall, density, coverage": lambda: metrics.fidelity(reference.features, features),
+        "  of that: KID": lambda: metrics.kernel_distance(reference.features, features, keyed_generator("cpu", 0)),
+        "  of that: nearest training digits": lambda: metrics.nearest_neighbours(images, train.images),
     }
     with tempfile.TemporaryDirectory() as scratch:
         for name, work in report.items():
-            print(f"{name:45s} {median_seconds(work, args.repeats, device):7.2f} s")
+            print(f"{name:50s} {median_seconds(work, args.repeats, device):7.2f} s")
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:

@@ -3,8 +3,7 @@
 Studies of this size have reported diffusion models behind GANs, FIDs of 47 and 78, and inception scores below 2. Here are
 mistakes that lead there, beside the same model without them: a noise schedule at sampling that is not the one of the
 training, an average of the weights that leaves BatchNorm's statistics out, pixels in another range than the metric reads,
-too few samples without a floor. Scored as the monitor does, against the training set. Results go to reports/pitfalls.csv,
-each as soon as it is known.
+too few samples without a floor. Scored as the monitor does, against the training set. Results go to reports/pitfalls.csv.
 
     python benchmarks/pitfalls.py
 """
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import data
 import diffusion
 import flags
-from checkpoint import load_generator
+from checkpoint import file_sha256, load_generator
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from interface import evaluating
 from utils import ExpectedError, choose_device, run_script, write_csv
@@ -49,19 +48,23 @@ def main() -> None:
 
     device = choose_device(args.device)
     gan, ddpm = load_generator(args.gan, device), load_generator(args.diffusion, device)
-    if "sampler" in gan.SAMPLE_OPTIONS or gan.config.num_classes or "sampler" not in ddpm.SAMPLE_OPTIONS:
-        raise ExpectedError("--gan wants the checkpoint of an unconditional GAN, and --diffusion that of a diffusion model")
+    wrong = "sampler" not in ddpm.SAMPLE_OPTIONS or ddpm.config.num_classes != data.NUM_CLASSES
+    if "sampler" in gan.SAMPLE_OPTIONS or gan.config.num_classes or wrong:
+        raise ExpectedError("--gan wants the checkpoint of an unconditional GAN, --diffusion that of a DDPM of ten classes")
+    if args.steps > ddpm.config.timesteps:
+        raise ExpectedError(f"--steps {args.steps} is more than the model's {ddpm.config.timesteps} timesteps")
     train, test = (
         data.load_digits("mnist", split, args.data_dir or data.default_data_dir(), device) for split in ("train", "test")
     )
     extractor, rows = Extractor(device), []
+    origin = {"DCGAN": file_sha256(args.gan)[:16], "DDPM": file_sha256(args.diffusion)[:16]}
     for model, mistake, n, sample in cases(args, gan, ddpm, test):
         scorer = training_scorer(train, extractor, n, 0, conditional=model == "DDPM")
         figures = scorer(Samples(sample))
         kept = {name: figures[name] for name in ("fid", "fid_ratio", "is", "label_accuracy") if name in figures}
-        rows.append({"model": model, "mistake": mistake, "n": n, **kept})
-        write_csv(args.out, rows)
+        rows.append({"model": model, "mistake": mistake, "n": n, **kept, "checkpoint": origin.get(model, "")})
         print(f"{model:12s} {mistake:60s} n {n:6d}  ", "  ".join(f"{name} {value:.4g}" for name, value in kept.items()))
+    write_csv(args.out, rows)
     print(f"wrote {args.out}")
 
 

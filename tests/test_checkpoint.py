@@ -144,7 +144,7 @@ GADGETS = {
     "runs a command": Gadget(os.system, "echo code from a checkpoint was run"),
     "runs a string": Gadget(exec, "print('code from a checkpoint was run')"),
     "loads another pickle": Gadget(pickle.loads, pickle.dumps(1)),
-    "takes an attribute": Gadget(getattr, torch, "load"),
+    "takes an attribute": Gadget(getattr, "text", "upper"),
     "sixteen gigabytes": Gadget(bytearray, 2**34),
     "builds a network": torch.nn.Linear(2, 2),
     "carries a function": torch.nn.functional.relu,

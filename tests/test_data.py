@@ -27,6 +27,12 @@ def test_scaling_round_trip_is_exact():
     assert data.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
+def test_what_is_not_finite_is_no_image():
+    for bad in (torch.nan, torch.inf):
+        with pytest.raises(ExpectedError, match="not finite"):
+            data.to_uint8(torch.tensor([0.0, bad]))
+
+
 def test_embedded_digits_are_split_without_overlap(digits):
     test = data.load_digits("digits", "test", "unused")
     assert digits.images.shape == (1437, 1, 28, 28) and digits.images.dtype == torch.uint8

@@ -23,7 +23,7 @@ from PIL import Image
 import callbacks
 import evaluation
 from adversarial import GANStep
-from checkpoint import load_generator, load_model, read_tensors
+from checkpoint import load_generator, load_model, read_tensors, write_tensors
 from denoising import DiffusionStep
 from experiment import Experiment
 from guard import Guard
@@ -158,6 +158,52 @@ def test_resuming_says_what_it_cannot_do(whole_run, trainer, tmp_path, run):
     assert "larger --epochs" in error_line(run(trainer.script, "--resume", "--out-dir", whole_run)[2])
     code, _, err = run(trainer.script, "--resume", "--out-dir", whole_run, "--width", 16)
     assert code == 1 and "--width 16 differs" in error_line(err)
+
+
+def test_resume_alone_continues_the_last_run(run, tmp_path, monkeypatch):
+    """Wherever its flags have put it; and what a new run replaces is kept."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "digits", "--width", 8, "--batch-size", 256, "--eval-samples", 100, "--device", "cpu"]
+    assert run("train_gan.py", *flags, "--epochs", 1, "--limit", 512)[0] == 0
+    assert run("train_gan.py", *flags, "--epochs", 1)[0] == 0
+    code, out, err = run("train_gan.py", "--resume", "--epochs", 2)
+    assert code == 0 and "runs/digits/checkpoints/last_GAN.pt" in out, err
+    folder = tmp_path / "runs" / "digits" / "checkpoints"
+    finished = (folder / "last_GAN.pt").read_bytes()
+    with monkeypatch.context() as patch:  # a run that is interrupted at once, where --resume was forgotten
+        patch.setattr(callbacks.ProgressGIF, "on_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run("train_gan.py", *flags, "--epochs", 1)[0] == 130
+    assert (folder / "last_GAN.previous.pt").read_bytes() == finished
+    assert read_tensors(folder / "last_GAN.pt")["state"]["step"] == 1
+
+
+HOSTILE_STATES = [
+    {"flags": 5},
+    {"flags": {}},
+    {"state": {}},
+    {"state": lambda state: state | {"epoch": "x"}},
+    {"state": lambda state: state | {"log": 5}},
+    {"parts": {}},
+    {"parts": lambda parts: parts | {"lr": 5}},
+    {"parts": lambda parts: parts | {"lr": {"state": {0: 5}, "param_groups": []}}},
+    {"parts": lambda parts: parts | {"generator": {"conv28.bias": torch.zeros(3)}}},
+    {"parts": lambda parts: parts | {"early_stopping": []}},
+]
+
+
+@pytest.mark.parametrize("changes", HOSTILE_STATES)
+def test_a_state_that_does_not_fit_is_refused(changes, whole_run, trainer, tmp_path, run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    path = folder / "checkpoints" / f"last_{trainer.prefix}.pt"
+    content = read_tensors(path)
+    for key, value in changes.items():
+        content[key] = value(content[key]) if callable(value) else value
+    write_tensors(path, content)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    code, _, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
+    assert code == 1 and "start a new run" in error_line(err)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import runpy
+import signal
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
+from test_models import small
 
 import data
 import evaluation
 import plots
-from checkpoint import file_sha256, load_generator
+from checkpoint import file_sha256, load_generator, save_model
 from data import to_uint8
 from denoising import DiffusionStep
 from models import DDPM
-from utils import keyed_generator
+from utils import keyed_generator, run_script
 
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
 
@@ -164,12 +166,15 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path, fewe
 
 def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_dir, run, tmp_path, fewer_digits):
     fewer_digits(train=900, test=300)
-    args = ["--models", SHIPPED, "--n", 400, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", tmp_path]
-    code, out, err = run("evaluate.py", *args)
-    assert code == 0 and "to do: 400 network evaluations" in out, err
-    real, gan = read_csv(tmp_path / "metrics.csv")
+    models = [SHIPPED, ROOT / "checkpoints" / "best_CGAN_G.pt", tiny_ddpm(tmp_path)]
+    args = ["--n", 400, "--seeds", 1, "--steps", 2, "--data-dir", mnist_dir, "--out-dir", tmp_path]
+    code, out, err = run("evaluate.py", "--models", *models, *args)
+    assert code == 0 and f"to do: {400 * (1 + 1 + 2 + 4):,} network evaluations" in out, err
+    real, gan, *_ = read_csv(tmp_path / "metrics.csv")
     assert (real["model"], real["reference"], gan["model"]) == ("real training digits", "mnist train", "dcgan")
     assert float(real["is"]) > 9 and float(gan["fid"]) > 0 and "fid_ratio" not in gan
+    by_digit = read_csv(tmp_path / "metrics_by_digit.csv")
+    assert len(by_digit) == 20 and all("fid_ratio" not in row for row in by_digit)
 
 
 def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):
@@ -196,6 +201,8 @@ BAD_ARGUMENTS = [
     ("train_gan.py", ["--epochs", "0"], "--epochs"),
     ("train_gan.py", ["--batch-size", "-3"], "--batch-size"),
     ("train_gan.py", ["--lr", "nan"], "--lr"),
+    ("train_gan.py", ["--d-lr", "1e300"], "--d-lr"),
+    ("train_gan.py", ["--epochs", "1" + "0" * 12], "--epochs"),
     ("train_gan.py", ["--ema-decay", "1"], "--ema-decay"),
     ("train_gan.py", ["--dataset", "cifar"], "--dataset"),
     ("train_gan.py", ["--loss", "wasserstein"], "--loss"),
@@ -324,6 +331,27 @@ def test_two_models_of_a_kind_have_two_panels(run, tmp_path):
     assert run("infer.py", "--gan-model", SHIPPED, "--diff-model", SHIPPED, "--n", 4, "--out", out)[0] == 0
     picture = imageio.imread(out)
     assert picture.shape[1] > 2.5 * picture.shape[0]
+
+
+def test_names_are_shown_as_they_are(run, tmp_path):
+    """A title is no formula, whatever a file and its content are called."""
+    save_model(tmp_path / "a$\\x$.pt", "dcgan", small("dcgan"), {"epoch": "$\\y$"})
+    args = ["--gan-model", tmp_path / "a$\\x$.pt", "--diff-model", SHIPPED, "--n", 4, "--out", tmp_path / "a.png"]
+    code, _, err = run("infer.py", *args)
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_any_script_with_its_code(signum, code, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_script(lambda: signal.raise_signal(signum))
+    assert stop.value.code == code and f"stopped by signal {signum.value}." in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_work(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, err = run("evaluate.py", "--models", SHIPPED, "--out-dir", tmp_path / "file" / "reports")
+    assert code == 1 and "cannot write in" in error_line(err) and "to do" not in out
 
 
 def test_infer_without_mnist_says_so(run, tmp_path):

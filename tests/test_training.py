@@ -138,11 +138,13 @@ def run_scored(fids, *hooks):
     ],
 )
 def test_the_watchdog_barks(row, expected):
-    state = TrainState(row=dict(row))
+    state = TrainState(row={"epoch": 1, **row})
     callbacks.Watchdog(guessing=2.0).after_epoch(state)
     assert state.row.get("warning", "") == expected
-    state.row["loss"] = 0.5
-    assert ("(" + expected + ")" in ProgressBar(1, 1)._figures(state, state.row)) == bool(expected)
+    state.log.append(state.row)
+    for shown in (state.row, {"loss": 0.5}):  # at the end of the epoch, and all through the next one
+        assert ("(" + expected + ")" in ProgressBar(1, 1)._figures(state, shown)) == bool(expected)
+    assert expected == "" or expected not in ProgressBar(1, 1)._figures(state, {"epoch": 2, "loss": 0.5})
 
 
 def test_the_watchdog_without_a_discriminator():
