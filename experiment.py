@@ -107,8 +107,8 @@ class Experiment:
                 the log.
             exports: suffix of the file -> (model name, network), what to write; `model` is written as its EMA.
             sample_options: of the model's `sample`, for the monitor and the GIF.
-            two_way: the model learns to draw without labels too, and is scored in both ways.
             guessing: what a discriminator's `loss_d` would be if it guessed; None where there is none.
+            two_way: the model learns to draw without labels too, and is scored in both ways.
         """
         args, signals = self.args, StopSignals()
         ema = callbacks.EMA(model, args.ema_decay) if args.ema else None

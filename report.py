@@ -241,7 +241,7 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         "floor": rows["real training digits"],
         "test": rows["real test digits"],
         "minutes": {name: log[-1]["seconds"] / 60 for name, log in measured.logs.items()},
-        "mistakes": {(row["model"], row["mistake"]): row for row in measured.pitfalls},
+        "mistakes": {(row["model"], row["mistake"] or ""): row for row in measured.pitfalls},
         "curves": measured.curves,
     }
     try:

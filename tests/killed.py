@@ -25,7 +25,7 @@ PLACES = {
     "step": [(GANStep, "__call__"), (DiffusionStep, "__call__")],
     "sampling": [(Generator, "sample"), (DDPM, "sample")],
     "evaluation": [(Generator, "forward"), (DDPM, "forward")],
-    "scoring": [(metrics, "frechet_distance")],
+    "scoring": [(metrics, "inception_score")],
     "writing": [(Path, "write_bytes")],
     "flushing": [(os, "fsync")],
     "renaming": [(Path, "replace")],

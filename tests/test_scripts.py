@@ -81,7 +81,7 @@ def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionStep, "__init__", spy(DiffusionStep.__init__, steps))
     code, out, err = run("train_diffusion.py", "--dry-run", "--dataset", "digits", *typed, "--out-dir", tmp_path)
     assert code == 0, err
-    assert sampled == [{"sampler": "ddim", "steps": 3, "guidance": 2.0}] * 5  # three frames and two scorings
+    assert sampled == [{"sampler": "ddim", "steps": 3, "guidance": 2.0}] * 7  # three frames and two scorings in two ways
     assert [(call["grad_clip"], call["label_dropout"]) for call in steps] == [(0.5, 0.2)]
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
@@ -94,6 +94,36 @@ def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     assert {name: model.meta["flags"][name] for name in flags} == flags
     config = {name: getattr(model.config, name) for name in ("width", "timesteps", "schedule", "prediction")}
     assert config == {name: flags[name] for name in config} and model.config.num_classes == 10
+
+
+def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(run, tmp_path, monkeypatch):
+    """And goes on from its own state when it is resumed; what does not fit is refused."""
+    tiny, first = tiny_ddpm(tmp_path), []
+    monkeypatch.setattr(DiffusionStep, "__call__", noting_weights(DiffusionStep.__call__, first))
+    flags = ["--dry-run", "--dataset", "digits", "--width", 8, "--batch-size", 32, "--out-dir", tmp_path]
+    assert run("train_diffusion.py", *flags, "--timesteps", 50, "--init", tiny)[0] == 0
+    weights = load_generator(tiny).state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first[0].items())
+    meta = load_generator(tmp_path / "checkpoints" / "best_DIFF.pt").meta
+    assert meta["flags"]["init"] == file_sha256(tiny)[:16]
+    first.clear()
+    tiny.unlink()
+    assert run("train_diffusion.py", "--resume", "--epochs", 3, "--out-dir", tmp_path)[0] == 0
+    assert not all(torch.equal(value, weights[name]) for name, value in first[0].items())
+    for init, reason in ((tmp_path / "none.pt", "does not exist"), (SHIPPED, "holds a dcgan"),
+                         (tiny_ddpm(tmp_path, timesteps=40), "timesteps=40")):  # fmt: skip
+        code, _, err = run("train_diffusion.py", *flags, "--timesteps", 50, "--init", init)
+        assert code == 1 and reason in error_line(err)
+
+
+def noting_weights(function, found: list):
+    """The step, which notes the weights before it."""
+
+    def step(self, *args):
+        found.append({name: value.clone() for name, value in self.model.state_dict().items()})
+        return function(self, *args)
+
+    return step
 
 
 @pytest.mark.parametrize("loss", ["hinge", "relativistic"])
