@@ -25,6 +25,15 @@ def test_the_curve_of_the_samplers_goes_on_where_it_was(mnist_dir, tmp_path):
     assert (out / "samplers.png").read_bytes() == picture
 
 
+def test_guidance_is_scored_at_each_strength(mnist_dir, tmp_path):
+    args = ["--guidance", 1, 3, "--steps", 2, "--n", 500, "--seeds", 2, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv"]
+    result = run_process("benchmarks/guidance.py", "--model", tiny_ddpm(tmp_path), *args)
+    assert result.returncode == 0, result.stderr
+    plain, guided = read_csv(tmp_path / "a.csv")
+    assert (plain["guidance"], guided["guidance"]) == ("1", "3") and plain["fid"] != guided["fid"]
+    assert all(float(row["fid_std"]) > 0 for row in (plain, guided))
+
+
 def test_every_figure_gets_worse_with_damage(mnist_dir, tmp_path):
     """benchmarks/self_check.py: noise, blur, shifts and missing classes, each at several levels."""
     result = run_process("benchmarks/self_check.py", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")

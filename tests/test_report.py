@@ -115,7 +115,7 @@ def test_the_readme_gets_the_figures(report, folder):
         mistake = row["mistake"] or "none"
         assert f"| {row['model']} | {mistake} | {int(row['n']):,} | {float(row['fid']):,.2f} | " in text
     accuracy = next(line for line in text.splitlines() if line.startswith("| label accuracy"))
-    assert accuracy.count("|  |") == 2  # the DCGAN and the unconditional diffusion model have none
+    assert "|  |  |" in accuracy  # the DCGAN and the unconditional diffusion model have none
 
 
 @pytest.mark.parametrize(
