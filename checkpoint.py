@@ -29,6 +29,10 @@ FORMAT = 1
 MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
 MAX_TRAINING_BYTES = 8 * 2**30
 TENSOR_PARTS = re.compile(r"torch._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Za-z0-9]+Storage")
+PICKLE_PARTS = re.compile(  # of pickle's protocol 2, as torch.save writes it
+    "PROTO|STOP|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|EMPTY_(DICT|LIST|TUPLE)|SETITEMS?|APPENDS?|"
+    "TUPLE[123]?|(LONG_)?BIN(PUT|GET)|GLOBAL|REDUCE|BINPERSID"
+)
 RANDOM_FILLS = (torch.Tensor.normal_, torch.Tensor.uniform_)
 
 
@@ -166,8 +170,8 @@ def _check_pickle(content: bytes) -> None:
     previous, tuples = "", set()
     for opcode, argument, _ in pickletools.genops(content):
         name = opcode.name
-        if name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "DUP", "EXT1", "EXT2", "EXT4"):
-            raise pickle.UnpicklingError("it holds objects")
+        if not PICKLE_PARTS.fullmatch(name):
+            raise pickle.UnpicklingError("it holds more than tensors and primitives")
         if name == "GLOBAL" and not TENSOR_PARTS.fullmatch(argument):
             raise pickle.UnpicklingError(f"it names {reprlib.repr(argument)}")
         if name in ("BINPUT", "LONG_BINPUT") and previous.startswith("TUPLE"):
