@@ -373,8 +373,12 @@ def test_names_are_shown_as_they_are(run, tmp_path):
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_any_script_with_its_code(signum, code, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_script(lambda: signal.raise_signal(signum))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest's may ignore it
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run_script(lambda: signal.raise_signal(signum))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert stop.value.code == code and f"stopped by signal {signum.value}." in capsys.readouterr().err
 
 
