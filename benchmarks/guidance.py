@@ -1,8 +1,8 @@
 """How much guidance do digits on demand want? FID and label accuracy over its strength, into reports/guidance.csv.
 
 Each strength is scored with several seeds by the monitor's scorer: digits asked for in the training set's own proportions,
-against the training-set statistics (the test set is not used to choose anything). What scripts take by default,
-`flags.DIGIT_GUIDANCE`, is chosen by this table.
+against the training-set statistics (the test set is not used to choose anything). What scripts take by default is
+`flags.DIGIT_GUIDANCE`.
 
     python benchmarks/guidance.py
 """
