@@ -11,6 +11,7 @@ from checkpoint import file_sha256, load_generator
 from experiment import Experiment
 from guard import Guard
 from models import DDPM, build
+from muon import Muon
 from training import TrainState
 from utils import ExpectedError, autocast, keyed_generator
 
@@ -27,7 +28,7 @@ class DiffusionStep:
     def __init__(
         self,
         model: DDPM,
-        optimizer: torch.optim.Optimizer,
+        optimizers: dict[str, torch.optim.Optimizer],
         state: TrainState,
         seed: int,
         precision: str,
@@ -35,7 +36,7 @@ class DiffusionStep:
         label_dropout: float,
         time_power: float,
     ):
-        self.model, self.optimizer, self.state, self.seed = model, optimizer, state, seed
+        self.model, self.optimizers, self.state, self.seed = model, optimizers, state, seed
         self.precision, self.grad_clip = precision, grad_clip
         self.label_dropout, self.time_power = label_dropout, time_power
         self.guard = Guard()  # the model's buffers are constants
@@ -44,7 +45,7 @@ class DiffusionStep:
         rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
         with autocast(images.device, self.precision):
             loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power)
-        return {"loss": self.guard.update(loss, self.optimizer, self.grad_clip)}
+        return {"loss": self.guard.update(loss, *self.optimizers.values(), clip=self.grad_clip)}
 
 
 def train_ddpm(args: argparse.Namespace) -> None:
@@ -64,10 +65,10 @@ def train_ddpm(args: argparse.Namespace) -> None:
     if args.compile == "on":
         model.unet.compile()
 
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
     step = DiffusionStep(
         model,
-        optimizer,
+        optimizers,
         run.state,
         args.seed,
         run.precision,
@@ -77,7 +78,20 @@ def train_ddpm(args: argparse.Namespace) -> None:
     )
     sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     exports = {"": ("ddpm", model)}
-    run.train(step, model, {"model": model}, {"lr": optimizer}, exports, sampling, two_way=args.label_dropout > 0)
+    run.train(step, model, {"model": model}, optimizers, exports, sampling, two_way=args.label_dropout > 0)
+
+
+def make_optimizers(model: DDPM, lr: float, muon_lr: float) -> dict[str, torch.optim.Optimizer]:
+    """Muon for the matrices and convolutions between the U-Net's first and last layer, Adam for the rest, by the names of
+    their learning rates; Adam for all with a `muon_lr` of 0."""
+    parameters = dict(model.named_parameters())
+    outside = ("unet.stem.", "unet.head.", "unet.label.")
+    hidden = [name for name, p in parameters.items() if p.ndim > 1 and not name.startswith(outside)] if muon_lr else []
+    others = [p for name, p in parameters.items() if name not in hidden]
+    optimizers = {"lr": torch.optim.Adam(others, lr=lr, fused=True)}
+    if hidden:
+        optimizers["muon_lr"] = Muon([parameters[name] for name in hidden], lr=muon_lr)
+    return optimizers
 
 
 def load_weights(model: DDPM, path: str) -> str:

@@ -50,6 +50,11 @@ def learning_rate(text: str) -> float:
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 
 
+def learning_rate_or_none(text: str) -> float:
+    """argparse type: a learning rate, or 0 for none."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number in 0..1")
+
+
 def guidance_weight(text: str) -> float:
     """argparse type: a strength of guidance, as models.py bounds it."""
     return _number(text, float, lambda value: 0 <= value <= 100, "a number in 0..100")
@@ -100,7 +105,7 @@ REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "const
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
 CGAN_REFERENCE = GAN_REFERENCE | {"epochs": 80}
 DIFFUSION_REFERENCE = {"width": 16, "timesteps": 1000, "schedule": "linear", "prediction": "eps", "time_power": 1.0,
-                       "grad_clip": 1.0, "label_dropout": 0.1}  # fmt: skip
+                       "muon_lr": 0.0, "grad_clip": 1.0, "label_dropout": 0.1}  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +204,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--time-power", type=positive_float, default=0.75,
          help="training times are timesteps * u^power, u uniform; below 1 noisy ones are more frequent")  # fmt: skip
     flag("--init", default=None, help="checkpoint of such a diffusion model, whose weights are the first ones: fine-tuning")
+    flag("--muon-lr", type=learning_rate_or_none, default=3e-3,
+         help="learning rate of Muon, for the weights between first and last layer; 0: Adam for these too")  # fmt: skip
     flag("--grad-clip", type=non_negative, default=1.0, help="largest norm of the gradient; 0: no bound")
     flag(
         "--label-dropout",

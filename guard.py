@@ -27,25 +27,28 @@ class Guard:
             torch._foreach_copy_(self._kept, self._buffers)
         self._good = None
 
-    def update(self, loss: Tensor, optimizer: torch.optim.Optimizer, clip: float = 0.0) -> Tensor:
-        """Backward pass, clipping of the gradient to the norm `clip` (0: no bound), and step of a fused `optimizer`.
+    def update(self, loss: Tensor, *optimizers: torch.optim.Optimizer, clip: float = 0.0) -> Tensor:
+        """Backward pass, clipping of the whole gradient to the norm `clip` (0: no bound), and step of fused `optimizers`.
 
         Returns the loss, detached; nan where the update was held back.
 
         Raises:
-            ValueError: the optimizer is not a fused one, which alone can be held back.
+            ValueError: an optimizer is not a fused one, which alone can be held back.
         """
-        if not optimizer.defaults.get("fused"):
+        if not all(optimizer.defaults.get("fused") for optimizer in optimizers):
             raise ValueError("only a fused optimizer can be held back")
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         if clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
         good = loss.isfinite() & norm.isfinite()
-        optimizer.found_inf = 1 - good.float()  # a flag of torch.amp's: where it is 1, a fused step changes nothing
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.found_inf = 1 - good.float()  # a flag of torch.amp's: where it is 1, a fused step changes nothing
+            optimizer.step()
         self._good = good if self._good is None else self._good & good
         return torch.where(good, loss.detach(), torch.nan)
 

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 import data
 import flags
 from callbacks import EMA
-from denoising import DiffusionStep
+from denoising import DiffusionStep, make_optimizers
 from models import build
 from training import TrainState
 from utils import autocast, choose_device, run_script
@@ -51,8 +51,9 @@ def main() -> None:
     loops = {
         f"diffusers, fp32{LIKE_OURS}": their_loop(args, digits, "fp32"),
         f"diffusers, bf16{LIKE_OURS}": their_loop(args, digits, "bf16"),
-        "ours, fp32": our_loop(args, digits, "fp32"),
-        "ours, bf16": our_loop(args, digits, "bf16"),
+        "ours, fp32": our_loop(args, digits, "fp32", muon_lr=1e-4),
+        "ours, bf16": our_loop(args, digits, "bf16", muon_lr=1e-4),
+        "ours with Adam alone, fp32": our_loop(args, digits, "fp32", muon_lr=0),
     }
     rates |= measure(args, loops)
 
@@ -113,12 +114,12 @@ def their_loop(args, digits, precision: str):
         yield
 
 
-def our_loop(args, digits, precision: str):
+def our_loop(args, digits, precision: str, muon_lr: float):
     """`DiffusionStep` with its EMA, as train_diffusion.py assembles them; a step each time the iterator is advanced."""
     network = our_network(digits.images.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4, fused=True)
+    optimizers = make_optimizers(network, 1e-4, muon_lr)
     state, ema = TrainState(), EMA(network, 0.999)
-    step = DiffusionStep(network, optimizer, state, 0, precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
+    step = DiffusionStep(network, optimizers, state, 0, precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
     for images, labels in batches(args, digits):
         state.count(step(images, labels), len(images))
         ema.after_step(state)

@@ -22,13 +22,18 @@ from timing import size_of
 import data
 import flags
 from callbacks import EMA, ScheduledLR
-from denoising import DiffusionStep
+from denoising import DiffusionStep, make_optimizers
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from models import build
 from training import TrainState
 from utils import choose_device, resolve_precision, run_script, write_csv
 
-BATCH_SIZE, LEARNING_RATE, WARMUP = 64, 2e-3, 500  # of train_diffusion.py; a short training warms up for less
+BATCH_SIZE, LEARNING_RATE, MUON_RATE, WARMUP = (
+    64,
+    2e-3,
+    3e-3,
+    500,
+)  # train_diffusion.py's; short trainings warm up less
 TIMED_STEPS = 15
 
 
@@ -78,10 +83,10 @@ def train(args, digits: data.Digits, width: int, seed: int):
 
 
 def run_steps(args, digits: data.Digits, network, seed: int, steps: int):
-    optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizers = make_optimizers(network, LEARNING_RATE, MUON_RATE)
     ema, state = EMA(network, 0.999), TrainState()
-    schedule = ScheduledLR([optimizer], min(WARMUP, steps // 10), steps)
-    step = DiffusionStep(network, optimizer, state, seed, args.precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
+    schedule = ScheduledLR(list(optimizers.values()), min(WARMUP, steps // 10), steps)
+    step = DiffusionStep(network, optimizers, state, seed, args.precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
     schedule.on_start(state)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, BATCH_SIZE, seed, epoch))
     for images, labels in itertools.islice(batches, steps):

@@ -9,7 +9,7 @@ import torch
 from test_models import small
 
 import diffusion
-from denoising import DiffusionStep
+from denoising import DiffusionStep, make_optimizers
 from models import build
 from training import TrainState
 from unet import Attention, UNet, sinusoids
@@ -294,8 +294,8 @@ def test_eta_makes_ddim_random():
 
 
 def make_step(network, grad_clip: float = 1.0, precision: str = "fp32", lr: float = 1e-3) -> DiffusionStep:
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr, fused=True)
-    return DiffusionStep(network, optimizer, TrainState(), 0, precision, grad_clip, label_dropout=0.1, time_power=1.0)
+    optimizers = {"lr": torch.optim.SGD(network.parameters(), lr=lr, fused=True)}
+    return DiffusionStep(network, optimizers, TrainState(), 0, precision, grad_clip, label_dropout=0.1, time_power=1.0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -332,20 +332,20 @@ def test_the_power_reaches_the_times(monkeypatch):
     network = small("ddpm", timesteps=1000)
     monkeypatch.setattr(network, "forward", lambda x, time, labels: seen.append(time) or x * network.unet.head.bias)
     for power in (1.0, 0.5):
-        optimizer = torch.optim.SGD(network.parameters(), fused=True)
-        DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1, power)(images, labels)
+        optimizers = {"lr": torch.optim.SGD(network.parameters(), fused=True)}
+        DiffusionStep(network, optimizers, TrainState(), 0, "fp32", 1.0, 0.1, power)(images, labels)
     uniform, noisy = (times.float().mean().item() for times in seen)
     assert uniform == pytest.approx(500, abs=10) and noisy == pytest.approx(667, abs=10)
 
 
-def test_it_learns_a_picture():
+@pytest.mark.parametrize("muon_lr", [0, 3e-3])
+def test_it_learns_a_picture(muon_lr):
     """A few steps on one picture: the samples move from noise to that picture."""
     network = build("ddpm", width=8, timesteps=100)
     picture = torch.full((1, 28, 28), -1.0)
     picture[:, 8:20, 12:16] = 1.0
     images, labels = picture.expand(16, 1, 28, 28), torch.zeros(16, dtype=torch.int64)
-    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3, fused=True)
-    step = DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1, 1.0)
+    step = DiffusionStep(network, make_optimizers(network, 3e-3, muon_lr), TrainState(), 0, "fp32", 1.0, 0.1, 1.0)
     for i in range(150):
         step.state.step = i
         step(images, labels)

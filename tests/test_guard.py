@@ -11,7 +11,7 @@ from test_models import small
 from torch import nn
 
 from adversarial import LOSSES, GANStep
-from denoising import DiffusionStep
+from denoising import DiffusionStep, make_optimizers
 from guard import Guard
 from training import TrainState
 
@@ -26,8 +26,7 @@ def gan_step(name: str, loss: str) -> GANStep:
 
 def diffusion_step() -> DiffusionStep:
     network = small("ddpm")
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True)
-    return DiffusionStep(network, optimizer, TrainState(), 0, "fp32", 1.0, 0.1, 1.0)
+    return DiffusionStep(network, make_optimizers(network, 1e-3, 1e-3), TrainState(), 0, "fp32", 1.0, 0.1, 1.0)
 
 
 STEPS = {f"{name} {loss}": (gan_step, name, loss) for name in ("dcgan", "cdcgan") for loss in LOSSES}
@@ -40,9 +39,10 @@ def everything(step) -> dict[str, torch.Tensor]:
     for name, part in vars(step).items():
         if isinstance(part, nn.Module):
             tensors |= {f"{name}.{key}": value.clone() for key, value in part.state_dict().items()}
-        if isinstance(part, torch.optim.Optimizer):
-            for i, state in part.state_dict()["state"].items():
-                tensors |= {f"{name}.{i}.{key}": value.clone() for key, value in state.items()}
+        optimizers = part if isinstance(part, dict) else {name: part} if isinstance(part, torch.optim.Optimizer) else {}
+        for key, optimizer in optimizers.items():
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{key}.{i}.{field}": value.clone() for field, value in state.items()}
     return tensors
 
 

@@ -86,7 +86,7 @@ def log_rows(folder, trainer):
 def test_digits_train_end_to_end(whole_run, trainer):
     rows = log_rows(whole_run, trainer)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
-    losses, rates = (["loss"], ["lr"]) if trainer.prefix == "DIFF" else (["loss_d", "loss_g"], ["lr", "d_lr"])
+    losses, rates = (["loss"], ["lr", "muon_lr"]) if trainer.prefix == "DIFF" else (["loss_d", "loss_g"], ["lr", "d_lr"])
     by_class = [] if trainer.prefix == "GAN" else ["label_accuracy", *(f"fid_ratio_{digit}" for digit in range(10))]
     by_class += ["fid_asked", "fid_ratio_asked"] if trainer.prefix == "DIFF" else []
     warnings = [row.pop("warning", "") for row in rows]  # with so little training there may be some
@@ -139,9 +139,9 @@ def test_a_bad_number_ends_the_run_before_it_does_harm(call, whole_run, trainer,
     """One update's loss is made nan: the run ends, and goes on from its last good state as if nothing had been."""
     calls, update = [], Guard.update
 
-    def poisoned(self, loss, *args):
+    def poisoned(self, loss, *optimizers, **clip):
         calls.append(1)
-        return update(self, loss * math.nan if len(calls) == call else loss, *args)
+        return update(self, loss * math.nan if len(calls) == call else loss, *optimizers, **clip)
 
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "update", poisoned)
@@ -213,7 +213,7 @@ def test_a_state_that_does_not_fit_is_refused(changes, whole_run, trainer, tmp_p
 NEEDED_PARTS = {
     "gan": ["generator", "discriminator", "lr", "d_lr"],
     "cgan": ["generator", "discriminator", "lr", "d_lr"],
-    "diffusion": ["model", "lr"],
+    "diffusion": ["model", "lr", "muon_lr"],
 }
 NEEDED_HOOKS = ["ema", "gif", "early_stopping", "lr_schedule"]
 NEEDED_STATE = ["epoch", "batch", "step", "images", "best_fid", "best_epoch", "loss_sums", "log"]

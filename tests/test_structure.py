@@ -22,6 +22,7 @@ ROOMS = {
     "unet": set(),
     "interface": set(),
     "guard": set(),
+    "muon": set(),
     "classifier": {"interface"},
     "models": {"classifier", "diffusion", "interface", "unet"},
     "checkpoint": {"models", "utils"},
@@ -30,7 +31,7 @@ ROOMS = {
     "callbacks": {"checkpoint", "data", "plots", "training", "utils"},
     "experiment": {"callbacks", "checkpoint", "data", "evaluation", "training", "utils"},
     "adversarial": {"experiment", "guard", "models", "training", "utils"},
-    "denoising": {"checkpoint", "experiment", "guard", "models", "training", "utils"},
+    "denoising": {"checkpoint", "experiment", "guard", "models", "muon", "training", "utils"},
 }
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ROOMS)
 
