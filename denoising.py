@@ -54,31 +54,33 @@ def train_ddpm(args: argparse.Namespace) -> None:
         args.steps = min(args.steps, DRY_RUN_STEPS)
     run = Experiment(args, "DIFF", "diffusion", slow_sampling=True)
     try:
-        model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
+        model, optimizers, step = assemble(args, run.state, run.device, run.precision)
     except ValueError as error:
         raise ExpectedError(f"{error}; choose another value") from error
     if args.init and not args.resume:
         args.init = load_weights(model, args.init)
-    model.to(run.device)
     if not args.label_dropout:
         print("--label-dropout 0: what this model samples without a label, or with guidance, will mean nothing")
     if args.compile == "on":
         model.unet.compile()
-
-    optimizers = make_optimizers(model, args.lr, args.muon_lr)
-    step = DiffusionStep(
-        model,
-        optimizers,
-        run.state,
-        args.seed,
-        run.precision,
-        grad_clip=args.grad_clip,
-        label_dropout=args.label_dropout,
-        time_power=args.time_power,
-    )
     sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
     exports = {"": ("ddpm", model)}
     run.train(step, model, {"model": model}, optimizers, exports, sampling, two_way=args.label_dropout > 0)
+
+
+def assemble(
+    args: argparse.Namespace, state: TrainState, device: torch.device, precision: str
+) -> tuple[DDPM, dict[str, torch.optim.Optimizer], DiffusionStep]:
+    """The model, optimizers and update that the trainer's flags describe.
+
+    Raises:
+        ValueError: the model cannot be built so.
+    """
+    model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
+    model.to(device)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    step = DiffusionStep(model, optimizers, state, args.seed, precision, args.grad_clip, args.label_dropout, args.time_power)
+    return model, optimizers, step
 
 
 def make_optimizers(model: DDPM, lr: float, muon_lr: float) -> dict[str, torch.optim.Optimizer]:

@@ -75,3 +75,17 @@ def test_the_models_are_the_right_way_round(mnist_dir, tmp_path):
     args = ["--gan", "checkpoints/best_CGAN_G.pt", "--diffusion", tiny_ddpm(tmp_path), "--data-dir", mnist_dir]
     result = run_process("benchmarks/pitfalls.py", *args, "--out", tmp_path / "a.csv")
     assert result.returncode == 1 and "unconditional GAN" in error_line(result.stderr)
+
+
+def test_a_recipe_is_trained_as_its_flags_say(mnist_dir, tmp_path):
+    """benchmarks/ablation.py: the same minutes for each, and a row with its own network and figures."""
+    recipes = ["width=8 batch_size=8 steps=2 muon_lr=0", "width=16 batch_size=8 steps=2"]
+    args = ["--minutes", 0.02, "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv"]
+    result = run_process("benchmarks/ablation.py", "--recipes", *recipes, *args)
+    assert result.returncode == 0, result.stderr
+    small, large = read_csv(tmp_path / "a.csv")
+    assert [small["recipe"], large["recipe"]] == recipes
+    assert float(small["parameters_m"]) < float(large["parameters_m"]) and int(small["steps"]) > int(large["steps"])
+    assert small["fid"] != small["fid_asked"] != large["fid_asked"]
+    result = run_process("benchmarks/ablation.py", "--recipes", "widht=8", *args)
+    assert result.returncode == 2 and "widht" in error_line(result.stderr)
