@@ -1,4 +1,7 @@
-"""Score generators against the MNIST test set, beside the floor that real training digits reach at the same size."""
+"""Score generators against the MNIST test set, beside the floor that real training digits reach at the same size.
+
+The same command after an interruption goes on with the scores that it had.
+"""
 
 from __future__ import annotations
 
@@ -71,8 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     data_dir = args.data_dir or data.default_data_dir()
     train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
     target = train if args.n > len(test) else test
-    evaluations = args.n * args.seeds * sum(job.evaluations for job in jobs)
-    print(f"to do: {evaluations:,} network evaluations in {args.seeds} x {len(jobs)} samplings, each of them scored")
+    origin = {"versions": provenance(), "extractor_sha256": extractor.sha256}
+    kept = KeptScores(args.out_dir / "scores.unfinished.pt", {**origin, "n": args.n, "device": str(device)})
+    seeds = range(args.seed, args.seed + args.seeds)
+    missing = [job for job in jobs for seed in seeds if kept.key(job, seed) not in kept.scores]
+    evaluations = args.n * sum(job.evaluations for job in missing)
+    print(f"to do: {evaluations:,} network evaluations in {len(missing)} samplings, each of them scored"
+          + (f"; {len(kept.scores)} are kept from an interrupted run" if kept.scores else ""))  # fmt: skip
 
     # Real digits: the marks of the others
     reference = RealDigits(target, test, train, extractor)
@@ -82,18 +90,19 @@ def main(argv: list[str] | None = None) -> None:
     # The models, with several seeds; where digits can be asked for, it is the reference's own labels
     with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None) as bar:
         for job in jobs:
-            scores = []
-            for seed in range(args.seed, args.seed + args.seeds):
+            for seed in seeds:
+                if kept.key(job, seed) in kept.scores:
+                    continue
                 labels = proportional_labels(target, args.n, seed) if job.by_digit else None
                 samples, cost = draw(job, args.n, labels, keyed_generator("cpu", seed, "evaluate"), bar)
                 figures, digits = reference.score(data.to_uint8(samples), seed, labels)
-                scores.append((cost | figures, digits))
+                kept.add(job, seed, (cost | figures, digits))
             bar.clear()
-            table.add(job.name, scores, job.description)
+            table.add(job.name, [kept.scores[kept.key(job, seed)] for seed in seeds], job.description)
 
     command = shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])])
-    origin = {"command": command, "versions": provenance(), "extractor_sha256": extractor.sha256}
-    table.write(args.out_dir, origin)
+    table.write(args.out_dir, {"command": command, **origin})
+    kept.path.unlink(missing_ok=True)
 
 
 def load_extractor(args: argparse.Namespace, device):
@@ -174,6 +183,35 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
             name += ", by digit"
         jobs.append(Job(name, path, sha256, generator, classes > 0, options))
     return sorted(jobs, key=lambda job: job.by_digit)
+
+
+class KeptScores:
+    """What `RealDigits.score` gave for each sampling, kept in a file until the tables are written.
+
+    `context` is what the figures depend on beside the sampling itself; the scores of another one are dropped.
+    """
+
+    def __init__(self, path: Path, context: dict):
+        from checkpoint import read_tensors
+
+        self.path, self.context = path, context
+        self.scores: dict[str, tuple[dict, list[dict]]] = {}
+        try:
+            content = read_tensors(path) if path.exists() else {}
+        except ExpectedError:  # damaged: what was in it is measured again
+            content = {}
+        if content.get("context") == context:
+            self.scores = content["scores"]
+
+    @staticmethod
+    def key(job: Job, seed: int) -> str:
+        return f"{job.sha256} {'by digit' if job.by_digit else 'any'} {job.sampling} seed {seed}"
+
+    def add(self, job: Job, seed: int, score: tuple[dict, list[dict]]) -> None:
+        from checkpoint import write_tensors
+
+        self.scores[self.key(job, seed)] = score
+        write_tensors(self.path, {"context": self.context, "scores": self.scores})
 
 
 def draw(job: Job, n: int, labels, rng, bar: tqdm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import signal
 
 import numpy as np
@@ -205,6 +206,39 @@ def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_
     assert float(real["is"]) > 9 and float(gan["fid"]) > 0 and "fid_ratio" not in gan
     by_digit = read_csv(tmp_path / "metrics_by_digit.csv")
     assert len(by_digit) == 20 and all("fid_ratio" not in row for row in by_digit)
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(mnist_dir, run, tmp_path, fewer_digits, monkeypatch):
+    """What was scored is not scored again, unless its file is damaged or belongs to something else."""
+    fewer_digits(train=900, test=300)
+    args = ["--models", SHIPPED, tiny_ddpm(tmp_path), "--seeds", 2, "--steps", 2, "--data-dir", mnist_dir]
+    unfinished, score, calls, floors = tmp_path / "out" / "scores.unfinished.pt", evaluation.RealDigits.score, [], 8
+
+    def scoring(self, *args, **kwargs):
+        calls.append(1)
+        if not unfinished.parent.with_name("whole").exists() and len(calls) == floors + 4:
+            raise KeyboardInterrupt
+        return score(self, *args, **kwargs)
+
+    def evaluated(folder, n=200):
+        calls.clear()
+        code = run("evaluate.py", *args, "--n", n, "--out-dir", tmp_path / folder)[0]
+        return code, len(calls) - floors
+
+    monkeypatch.setattr(evaluation.RealDigits, "score", scoring)
+    assert evaluated("out") == (130, 4) and [path.name for path in unfinished.parent.iterdir()] == [unfinished.name]
+    for folder in ("whole", "damaged", "larger"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "damaged" / unfinished.name).write_bytes(unfinished.read_bytes()[:-100])
+    shutil.copy(unfinished, tmp_path / "larger")
+    assert evaluated("out") == (0, 3) and not unfinished.exists()
+    assert evaluated("damaged") == evaluated("whole") == evaluated("larger", n=210) == (0, 6)
+    for table in ("metrics.csv", "metrics_by_digit.csv"):
+        whole, resumed, damaged = (
+            [{name: value for name, value in row.items() if "images_per_second" not in name} for row in read_csv(file)]
+            for file in (tmp_path / folder / table for folder in ("whole", "out", "damaged"))
+        )
+        assert whole == resumed == damaged
 
 
 def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):
