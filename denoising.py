@@ -79,7 +79,16 @@ def assemble(
     model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     model.to(device)
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
-    step = DiffusionStep(model, optimizers, state, args.seed, precision, args.grad_clip, args.label_dropout, args.time_power)
+    step = DiffusionStep(
+        model,
+        optimizers,
+        state,
+        args.seed,
+        precision,
+        grad_clip=args.grad_clip,
+        label_dropout=args.label_dropout,
+        time_power=args.time_power,
+    )
     return model, optimizers, step
 
 

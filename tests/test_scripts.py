@@ -75,7 +75,7 @@ def spy(function, calls: list):
 
 def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     flags = {"width": 8, "timesteps": 40, "schedule": "linear", "prediction": "eps", "grad_clip": 0.5, "label_dropout": 0.2,
-             "sampler": "ddim", "steps": 3, "guidance": 2.0, "warmup_steps": 3}  # fmt: skip
+             "muon_lr": 1e-3, "sampler": "ddim", "steps": 3, "guidance": 2.0, "warmup_steps": 3}  # fmt: skip
     typed = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
     sampled, steps = [], []
     monkeypatch.setattr(DDPM, "sample", spy(DDPM.sample, sampled))
@@ -84,6 +84,8 @@ def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     assert code == 0, err
     assert sampled == [{"sampler": "ddim", "steps": 3, "guidance": 2.0}] * 7  # three frames and two scorings in two ways
     assert [(call["grad_clip"], call["label_dropout"]) for call in steps] == [(0.5, 0.2)]
+    rates = [row["muon_lr"] for row in read_csv(tmp_path / "reports" / "diffusion_training_log.csv")]
+    assert rates == ["0.0005", "0"]  # along half a cosine
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert names == {
         "checkpoints/best_DIFF.pt", "checkpoints/last_DIFF.pt",
@@ -258,7 +260,7 @@ def test_the_reference_preset_is_the_table(run, tmp_path):
         args = runpy.run_path(str(ROOT / script))["parse_args"](["--preset", "reference"])
         assert (args.epochs, args.batch_size, args.width, args.lr, args.warmup_steps) == (epochs, 128, width, 1e-4, 0)
     assert (args.timesteps, args.schedule, args.prediction, args.grad_clip) == (1000, "linear", "eps", 1.0)
-    assert args.time_power == 1.0
+    assert args.time_power == 1.0 and args.muon_lr == 0
 
 
 BAD_ARGUMENTS = [
@@ -267,6 +269,7 @@ BAD_ARGUMENTS = [
     ("train_gan.py", ["--lr", "nan"], "--lr"),
     ("train_gan.py", ["--d-lr", "1e300"], "--d-lr"),
     ("train_gan.py", ["--epochs", "1" + "0" * 12], "--epochs"),
+    ("train_diffusion.py", ["--muon-lr", "-1"], "--muon-lr"),
     ("train_gan.py", ["--ema-decay", "1"], "--ema-decay"),
     ("train_gan.py", ["--dataset", "cifar"], "--dataset"),
     ("train_gan.py", ["--loss", "wasserstein"], "--loss"),
