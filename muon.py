@@ -34,7 +34,7 @@ class Muon(torch.optim.Optimizer):
             raise ValueError("Muon is for matrices and convolutions; leave vectors and scalars to Adam")
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         """One update; none where the flag `found_inf`, a scalar on the device that Guard sets, is 1."""
         held_back = getattr(self, "found_inf", None)
         for group in self.param_groups:
