@@ -89,3 +89,5 @@ def test_a_recipe_is_trained_as_its_flags_say(mnist_dir, tmp_path):
     assert small["fid"] != small["fid_asked"] != large["fid_asked"]
     result = run_process("benchmarks/ablation.py", "--recipes", "widht=8", *args)
     assert result.returncode == 2 and "widht" in error_line(result.stderr)
+    result = run_process("benchmarks/ablation.py", "--recipes", "epochs=3", *args)
+    assert result.returncode == 1 and "epochs would have no effect" in error_line(result.stderr)
