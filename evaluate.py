@@ -188,7 +188,8 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
 class KeptScores:
     """What `RealDigits.score` gave for each sampling, kept in a file until the tables are written.
 
-    `context` is what the figures depend on beside the sampling itself; the scores of another one are dropped.
+    `context` is what the figures depend on beside the sampling itself; the scores of another one are dropped, and those of
+    code with changes that no commit names.
     """
 
     def __init__(self, path: Path, context: dict):
@@ -200,7 +201,7 @@ class KeptScores:
             content = read_tensors(path) if path.exists() else {}
         except ExpectedError:  # damaged: what was in it is measured again
             content = {}
-        if content.get("context") == context:
+        if content.get("context") == context and not context["versions"]["git"].endswith("-dirty"):
             self.scores = content["scores"]
 
     @staticmethod

@@ -16,6 +16,7 @@ from test_models import small
 import data
 import evaluation
 import plots
+import utils
 from checkpoint import file_sha256, load_generator, save_model
 from data import to_uint8
 from denoising import DiffusionStep
@@ -222,12 +223,14 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(mnist_dir,
             raise KeyboardInterrupt
         return score(self, *args, **kwargs)
 
-    def evaluated(folder, n=200):
+    def evaluated(folder, n=200, commit="0123"):
         calls.clear()
+        monkeypatch.setattr(utils, "provenance", lambda: {"git": commit})
         code = run("evaluate.py", *args, "--n", n, "--out-dir", tmp_path / folder)[0]
         return code, len(calls) - floors
 
     monkeypatch.setattr(evaluation.RealDigits, "score", scoring)
+    assert evaluated("out", commit="0123-dirty") == (130, 4) == evaluated("out", commit="0123-dirty")
     assert evaluated("out") == (130, 4) and [path.name for path in unfinished.parent.iterdir()] == [unfinished.name]
     for folder in ("whole", "damaged", "larger"):
         (tmp_path / folder).mkdir()
