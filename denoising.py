@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
 from torch import Tensor
 
+import data
+import diffusion
 from checkpoint import file_sha256, load_generator
 from experiment import Experiment
 from guard import Guard
@@ -16,6 +19,29 @@ from training import TrainState
 from utils import ExpectedError, autocast, keyed_generator
 
 DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
+
+
+class StableTargets:
+    """What x0 is on average, given x_t and its label, over all the training digits that x_t may come from.
+
+    To aim at it instead of the very digit that the noise was added to changes the expectation of no gradient, and takes
+    away its noise where it is largest: where many digits can have become the same x_t (Xu et al. 2023, arXiv 2302.00670,
+    with the training set as the reference batch). So it is done for the `share` of a batch that has the most noise.
+    """
+
+    def __init__(self, digits: data.Digits, share: float):
+        self.images, self.labels, self.share = data.to_model_range(digits.images).flatten(1), digits.labels, share
+        self.squares = self.images.square().sum(1)
+
+    def __call__(self, x: Tensor, x0: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """x0 [B, 1, 28, 28] with its noisiest rows replaced. A label that is no digit stands for any of them."""
+        rows = sigma.flatten().topk(math.ceil(self.share * len(x))).indices  # a fixed number: no wait for the device
+        wanted = labels[rows, None]  # [rows, 1]
+        possible = (wanted == self.labels) | (wanted >= data.NUM_CLASSES)  # [rows, N]
+        with torch.autocast(x.device.type, enabled=False):  # differences of large numbers
+            noisy, alpha, sigma = (tensor[rows].flatten(1) for tensor in (x, alpha, sigma))
+            mean = diffusion.posterior_mean(noisy, alpha, sigma, self.images, self.squares, possible)
+        return x0.index_copy(0, rows, mean.unflatten(1, x0.shape[1:]))
 
 
 class DiffusionStep:
@@ -35,16 +61,17 @@ class DiffusionStep:
         grad_clip: float,
         label_dropout: float,
         time_power: float,
+        expected: StableTargets | None = None,
     ):
         self.model, self.optimizers, self.state, self.seed = model, optimizers, state, seed
         self.precision, self.grad_clip = precision, grad_clip
-        self.label_dropout, self.time_power = label_dropout, time_power
+        self.label_dropout, self.time_power, self.expected = label_dropout, time_power, expected
         self.guard = Guard()  # the model's buffers are constants
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
         with autocast(images.device, self.precision):
-            loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power)
+            loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power, self.expected)
         return {"loss": self.guard.update(loss, *self.optimizers.values(), clip=self.grad_clip)}
 
 
@@ -54,7 +81,7 @@ def train_ddpm(args: argparse.Namespace) -> None:
         args.steps = min(args.steps, DRY_RUN_STEPS)
     run = Experiment(args, "DIFF", "diffusion", slow_sampling=True)
     try:
-        model, optimizers, step = assemble(args, run.state, run.device, run.precision)
+        model, optimizers, step = assemble(args, run.state, run.digits, run.precision)
     except ValueError as error:
         raise ExpectedError(f"{error}; choose another value") from error
     if args.init and not args.resume:
@@ -63,21 +90,21 @@ def train_ddpm(args: argparse.Namespace) -> None:
         print("--label-dropout 0: what this model samples without a label, or with guidance, will mean nothing")
     if args.compile == "on":
         model.unet.compile()
-    sampling = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance}
+    sampling = {"sampler": args.sampler, "steps": args.steps, "eta": args.eta, "guidance": args.guidance}
     exports = {"": ("ddpm", model)}
     run.train(step, model, {"model": model}, optimizers, exports, sampling, two_way=args.label_dropout > 0)
 
 
 def assemble(
-    args: argparse.Namespace, state: TrainState, device: torch.device, precision: str
+    args: argparse.Namespace, state: TrainState, digits: data.Digits, precision: str
 ) -> tuple[DDPM, dict[str, torch.optim.Optimizer], DiffusionStep]:
-    """The model, optimizers and update that the trainer's flags describe.
+    """The model, optimizers and update that the trainer's flags describe, on the device of its training digits.
 
     Raises:
         ValueError: the model cannot be built so.
     """
     model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
-    model.to(device)
+    model.to(digits.images.device)
     optimizers = make_optimizers(model, args.lr, args.muon_lr)
     step = DiffusionStep(
         model,
@@ -88,6 +115,7 @@ def assemble(
         grad_clip=args.grad_clip,
         label_dropout=args.label_dropout,
         time_power=args.time_power,
+        expected=StableTargets(digits, args.stable_targets) if args.stable_targets else None,
     )
     return model, optimizers, step
 

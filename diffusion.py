@@ -10,6 +10,8 @@ prediction, guidance, and the closed-form denoisers of the tests.
     Song et al. 2021, "Denoising Diffusion Implicit Models", arXiv 2010.02502
     Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", arXiv 2202.00512
     Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", arXiv 2211.01095
+    Xu et al. 2023, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", arXiv 2302.00670
+    Xue et al. 2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", arXiv 2309.05019
 """
 
 from __future__ import annotations
@@ -111,6 +113,18 @@ def clean_estimate(prediction: str, output: Tensor, x: Tensor, alpha: float, sig
     return (x - sigma * output) / alpha if prediction == "eps" else alpha * x - sigma * output
 
 
+def posterior_mean(x: Tensor, alpha: Tensor, sigma: Tensor, images: Tensor, squares: Tensor, possible: Tensor) -> Tensor:
+    """E[x0 | x_t], [B, D], where x0 is one of N images, each as likely as another (Xu et al. 2023, eq. 5).
+
+    Args:
+        x: noisy images [B, D] at levels of which alpha and sigma are [B, 1].
+        images: the clean ones, [N, D], and `squares`, their squared norms [N].
+        possible: bool [B, N], which of them x can come from; for each x at least one.
+    """
+    log_likelihood = (alpha * (x @ images.T) - alpha.square() / 2 * squares) / sigma.square()  # + const
+    return log_likelihood.masked_fill(~possible, -math.inf).softmax(1) @ images
+
+
 def stratified_times(n: int, timesteps: int, rng: torch.Generator, power: float = 1.0) -> Tensor:
     """int64 [n] times in 0..timesteps-1 on the generator's device, distributed as timesteps * u^power, u uniform.
 
@@ -165,10 +179,15 @@ def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, e
     return x
 
 
-def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator | None = None) -> Tensor:
-    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2: deterministic, second order.
+def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, eta: float = 0.0) -> Tensor:
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, of the reverse process with `eta` times the usual noise.
 
-    Its first step is DDIM's; so is one that ends at the clean image, where the extrapolation has no meaning.
+    eta = 0 is the flow without noise: deterministic, second order. eta = 1 is the reverse of the forward process, which
+    ancestral sampling follows too (SDE-DPM-Solver++(2M), their appendix). Any eta leads to the same distribution (tau of
+    Xue et al. 2023, section 4): the noise is taken away again by `denoise`, and an error of earlier steps with it, so
+    that a large one forgives an imperfect network, and wants more steps.
+
+    Its first step is of first order; so is one that ends at the clean image, where the extrapolation has no meaning.
     """
     previous, previous_step = None, 0.0
     for now, then in itertools.pairwise(grid):
@@ -177,7 +196,10 @@ def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Genera
         estimate = x0
         if previous is not None and then.sigma:
             estimate = x0 + step / (2 * previous_step) * (x0 - previous)  # extrapolated to the middle of the step
-        x = then.sigma / now.sigma * x - then.alpha * math.expm1(-step) * estimate
+        renewed = eta**2 * step if eta else 0.0  # how often, on a logarithmic scale, the noise of x is replaced
+        x = then.sigma / now.sigma * math.exp(-renewed) * x - then.alpha * math.expm1(-step - renewed) * estimate
+        if eta and then.sigma:
+            x = x + then.sigma * math.sqrt(-math.expm1(-2 * renewed)) * _normal_like(x, rng)
         previous, previous_step = x0, step
     return x
 

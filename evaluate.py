@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--n {args.n} leaves too few samples of a digit; give at least {MIN_SAMPLES}")
     if args.inception_weights and args.extractor != "inception":
         parser.error("--inception-weights needs --extractor inception")
-    protocol = ("models", "n", "seeds", "seed", "extractor", "sampler", "steps", "guidance")
+    protocol = ("models", "n", "seeds", "seed", "extractor", "sampler", "steps", "eta", "guidance")
     default = all(getattr(args, name) == parser.get_default(name) for name in protocol)
     args.out_dir = Path(args.out_dir or ("reports" if default else "runs/reports"))
     return args
@@ -146,7 +146,7 @@ class Job(NamedTuple):
         if not self.generator.SAMPLE_OPTIONS:
             return {}
         options = self.generator.sample_options(**self.options)
-        names = ("sampler", "steps", "guidance") if self.by_digit else ("sampler", "steps")
+        names = ("sampler", "steps", "eta", *(["guidance"] if self.by_digit else []))
         return {name: options[name] for name in names}
 
     @property

@@ -60,6 +60,11 @@ def guidance_weight(text: str) -> float:
     return _number(text, float, lambda value: 0 <= value <= 100, "a number in 0..100")
 
 
+def noise_strength(text: str) -> float:
+    """argparse type: the eta of a sampler, as models.py bounds it."""
+    return _number(text, float, lambda value: 0 <= value <= max(MAX_ETA.values()), "a number in 0..10")
+
+
 def non_negative(text: str) -> float:
     """argparse type: a finite number of at least 0."""
     return _number(text, float, lambda value: 0 <= value < math.inf, "a number of at least 0")
@@ -96,7 +101,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-SAMPLERS = ("dpm-solver++", "ddim", "ddpm")  # of diffusion.py, which needs torch
+# Of models.py, which needs torch: samplers, with the largest eta of each, and that of the default one
+MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
+SAMPLERS, DEFAULT_ETA = tuple(MAX_ETA), 2.0
 DIGIT_GUIDANCE = 1.3  # lower FID and more right digits than 1, against the training set; 1.5 is too much
 
 # `--preset reference`: the table of the classic student projects, to compare the defaults against.
@@ -105,7 +112,7 @@ REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "const
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
 CGAN_REFERENCE = GAN_REFERENCE | {"epochs": 80}
 DIFFUSION_REFERENCE = {"width": 16, "timesteps": 1000, "schedule": "linear", "prediction": "eps", "time_power": 1.0,
-                       "muon_lr": 0.0, "grad_clip": 1.0, "label_dropout": 0.1}  # fmt: skip
+                       "stable_targets": 0.0, "muon_lr": 0.0, "grad_clip": 1.0, "label_dropout": 0.1}  # fmt: skip
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +210,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
     flag("--time-power", type=positive_float, default=0.75,
          help="training times are timesteps * u^power, u uniform; below 1 noisy ones are more frequent")  # fmt: skip
+    flag("--stable-targets", type=fraction, default=0.4,
+         help="share of a batch, its noisiest, that aims at the mean of all digits it may come from; 0: none")  # fmt: skip
     flag("--init", default=None, help="checkpoint of such a diffusion model, whose weights are the first ones: fine-tuning")
     flag("--muon-lr", type=learning_rate_or_none, default=3e-3,
          help="learning rate of Muon, for the weights between first and last layer; 0: Adam for these too")  # fmt: skip
@@ -216,6 +225,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--sampler", choices=SAMPLERS, default="dpm-solver++", help="sampler of the monitor and of the GIF")
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 10, or all of fewer timesteps)")  # fmt: skip
+    flag("--eta", type=noise_strength, default=None,
+         help="noise that it renews: 0 is deterministic, 1 as much as ancestral sampling (default: 2; ddim: 0)")  # fmt: skip
     flag("--guidance", type=guidance_weight, default=1.0,
          help="guidance of those samples: 1 is plain conditional sampling; beyond it they cost twice as much")  # fmt: skip
     parser.set_defaults(width=16, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=500)
@@ -228,6 +239,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
          help="sampler of a diffusion model; ddpm: ancestral (default: dpm-solver++)")  # fmt: skip
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 15; ddpm: every timestep)")  # fmt: skip
+    flag("--eta", type=noise_strength, default=None,
+         help="noise that it renews: 0 is deterministic, 1 as much as ancestral sampling (default: 2; ddim: 0)")  # fmt: skip
     if guidance:
         flag("--guidance", type=guidance_weight, default=None,
              help="strength of classifier-free guidance: 1 is plain conditional sampling; others take two evaluations a "
@@ -241,7 +254,7 @@ def sampling_options(args: argparse.Namespace, generator: Any, path: str) -> dic
     Raises:
         ExpectedError: it has no such option, or refuses its value.
     """
-    names = ("sampler", "steps", "guidance")
+    names = ("sampler", "steps", "eta", "guidance")
     typed = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
     if unknown := [f"--{name}" for name in typed if name not in generator.SAMPLE_OPTIONS]:
         raise ExpectedError(f"{path} holds a {generator.model_name}, which has no {', '.join(unknown)}; leave it out")

@@ -26,6 +26,8 @@ from unet import UNet
 
 NORMS = ("batch", "spectral", "none")
 DEFAULT_STEPS = 15  # of the fast samplers
+DEFAULT_ETA = 2.0  # of DPM-Solver++, see benchmarks/samplers.py
+MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
 
 
@@ -236,7 +238,13 @@ class DDPM(nn.Module):
         return self.unet(x, time * (1000 / self.config.timesteps), labels)
 
     def loss(
-        self, images: Tensor, labels: Tensor, rng: torch.Generator, label_dropout: float = 0.0, time_power: float = 1.0
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rng: torch.Generator,
+        label_dropout: float = 0.0,
+        time_power: float = 1.0,
+        expected: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Mean squared error of the prediction, scalar, for images [B, 1, 28, 28] in [-1, 1] and labels [B].
 
@@ -244,6 +252,7 @@ class DDPM(nn.Module):
             rng: generator on the images' device, of times, noise and dropped labels.
             label_dropout: the share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1).
             time_power: how the times are distributed, see `diffusion.stratified_times`.
+            expected: (x_t, x0, labels or null, alpha, sigma) -> the x0 to aim at instead, see denoising.StableTargets.
         """
         time = diffusion.stratified_times(len(images), self.config.timesteps, rng, time_power)  # [B]
         alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
@@ -251,8 +260,11 @@ class DDPM(nn.Module):
         share = label_dropout if self.config.num_classes else 1.0
         dropped = torch.rand(len(labels), generator=rng, device=images.device) < share  # rand is below 1
         labels = labels.masked_fill(dropped, self.config.num_classes)
-        output = self(diffusion.diffuse(images, eps, alpha, sigma), time, labels)
-        return F.mse_loss(output, diffusion.target(self.config.prediction, images, eps, alpha, sigma))
+        x = diffusion.diffuse(images, eps, alpha, sigma)
+        if expected:
+            mean = expected(x, images, labels, alpha, sigma)
+            images, eps = mean, eps + alpha / sigma * (images - mean)  # that mix to the same x
+        return F.mse_loss(self(x, time, labels), diffusion.target(self.config.prediction, images, eps, alpha, sigma))
 
     def denoise(self, x: Tensor, level: diffusion.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
@@ -279,7 +291,7 @@ class DDPM(nn.Module):
         sampler: str = "dpm-solver++",
         steps: int | None = None,
         guidance: float = 1.0,
-        eta: float = 0.0,
+        eta: float | None = None,
         chunk_size: int = 125,
         watch: Callable[[Tensor, diffusion.Level], None] | None = None,
     ) -> Tensor:
@@ -291,9 +303,10 @@ class DDPM(nn.Module):
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
             steps: network evaluations (pairs of them with guidance); by default 15, and every timestep for `ddpm`.
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
-            eta: of DDIM, in [0, 1]: 0 is deterministic, 1 ancestral.
-            chunk_size: images per forward pass; it bounds the memory, and changes the step noise of `ddpm` and eta > 0.
-            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, chunk after chunk: for pictures
+            eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` at most 10, and by
+                default DEFAULT_ETA; of `ddim` at most 1, and by default 0.
+            chunk_size: images per forward pass; it bounds the memory.
+            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level: for pictures
                 of the denoising and for progress bars.
 
         Raises:
@@ -303,23 +316,28 @@ class DDPM(nn.Module):
         options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta)
         grid = diffusion.time_grid(self.levels, options["steps"])
         draw = diffusion.SAMPLERS[sampler]
-        if eta:
-            draw = functools.partial(draw, eta=eta)
+        if options["eta"]:
+            draw = functools.partial(draw, eta=options["eta"])
         if labels is None:
             labels, guidance = torch.full((n,), self.config.num_classes), 1.0
         noise = torch.randn(n, 1, 28, 28, generator=rng)
         step_seed = int(torch.randint(2**62, (), generator=rng))
 
         with evaluating(self) as device:
-            step_rng = torch.Generator(device).manual_seed(step_seed)
-            parts = []
-            for x, classes in zip(noise.split(chunk_size), labels.split(chunk_size)):
-                denoise = functools.partial(self.denoise, labels=classes.to(device), guidance=guidance)
-                parts.append(draw(_watched(denoise, watch), x.to(device), grid, step_rng))
-            return torch.cat(parts)
+            labels = labels.to(device)
+
+            def denoise(x: Tensor, level: diffusion.Level) -> Tensor:
+                parts = []
+                for images, classes in zip(x.split(chunk_size), labels.split(chunk_size)):
+                    if watch:
+                        watch(images, level)
+                    parts.append(self.denoise(images, level, classes, guidance))
+                return torch.cat(parts)
+
+            return draw(denoise, noise.to(device), grid, torch.Generator(device).manual_seed(step_seed))
 
     def sample_options(
-        self, *, sampler: str = "dpm-solver++", steps: int | None = None, guidance: float = 1.0, eta: float = 0.0
+        self, *, sampler: str = "dpm-solver++", steps: int | None = None, guidance: float = 1.0, eta: float | None = None
     ) -> dict[str, str | int | float]:
         """The options of `sample` with the defaults filled in; errors as there."""
         if sampler not in diffusion.SAMPLERS:
@@ -332,17 +350,11 @@ class DDPM(nn.Module):
             raise ValueError(f"guidance must lie in 0..{MAX_GUIDANCE}, not {guidance}")
         if guidance != 1 and not self.config.num_classes:
             raise ValueError("guidance has no classes to go by in an unconditional model")
-        if not 0 <= eta <= (sampler == "ddim"):
-            raise ValueError(f"eta must lie in 0..1, and be 0 for any sampler but ddim; not {eta}")
+        if eta is None:
+            eta = DEFAULT_ETA if sampler == "dpm-solver++" else 0.0
+        if not 0 <= eta <= MAX_ETA[sampler]:
+            raise ValueError(f"eta must lie in 0..{MAX_ETA[sampler]} for {sampler}, not {eta}")
         return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta}
-
-
-def _watched(denoise: diffusion.Denoise, watch: Callable | None) -> diffusion.Denoise:
-    def watched(x: Tensor, level: diffusion.Level) -> Tensor:
-        watch(x, level)
-        return denoise(x, level)
-
-    return watched if watch else denoise
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from flags import DIFFUSION_REFERENCE, ArgumentParser, add_diffusion_flags, add_training_flags, parse_training_args
+from flags import (
+    DEFAULT_ETA,
+    DIFFUSION_REFERENCE,
+    MAX_ETA,
+    ArgumentParser,
+    add_diffusion_flags,
+    add_training_flags,
+    parse_training_args,
+)
 from utils import run_script
 
 MONITOR_STEPS = 10  # enough to tell a better epoch from a worse one
@@ -19,6 +27,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = min(MONITOR_STEPS, args.timesteps)
     if args.steps > args.timesteps and not args.resume:  # a resumed run has its own timesteps
         parser.error(f"--steps {args.steps} is more than the --timesteps {args.timesteps} that there are to visit")
+    if args.eta is None:
+        args.eta = DEFAULT_ETA if args.sampler == "dpm-solver++" else 0.0
+    if args.eta > MAX_ETA[args.sampler] and not args.resume:
+        parser.error(f"--eta {args.eta} is more than {args.sampler} can do; give at most {MAX_ETA[args.sampler]}")
     return args
 
 

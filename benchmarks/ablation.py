@@ -34,8 +34,9 @@ RECIPES = ["defaults", "muon_lr=0", "width=8", "width=24", "time_power=1", "labe
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
 TIMED_STEPS = 15
 # What a recipe may set: the rest of the trainer's flags has no effect here
-KNOBS = {"width", "timesteps", "schedule", "prediction", "time_power", "lr", "muon_lr", "grad_clip", "label_dropout",
-         "batch_size", "warmup_steps", "ema_decay", "sampler", "steps", "guidance", "precision"}  # fmt: skip
+KNOBS = {"width", "timesteps", "schedule", "prediction", "time_power", "stable_targets", "label_dropout", "lr", "muon_lr",
+         "grad_clip", "batch_size", "warmup_steps", "ema_decay", "precision",
+         "sampler", "steps", "eta", "guidance"}  # fmt: skip
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
     for recipe, seed in itertools.product([(text, trainer_args(text)) for text in args.recipes], range(args.seeds)):
         text, trainer = recipe
         state, network, precision = train(trainer, digits, args.minutes, seed)
-        options = {"sampler": trainer.sampler, "steps": trainer.steps, "guidance": trainer.guidance}
+        options = {name: getattr(trainer, name) for name in ("sampler", "steps", "eta", "guidance")}
         scorer = training_scorer(digits, extractor, args.n, 0, conditional=True, options=options, two_way=True)
         parameters, gflop = size_of(network, device)
         start = time.perf_counter()
@@ -93,7 +94,7 @@ def run_steps(trainer, digits: data.Digits, seed: int, steps: int):
     torch.manual_seed(seed)
     trainer.seed, device = seed, digits.images.device
     precision, state = resolve_precision(trainer.precision, device), TrainState()
-    network, optimizers, step = assemble(trainer, state, device, precision)
+    network, optimizers, step = assemble(trainer, state, digits, precision)
     ema = EMA(network, trainer.ema_decay)
     warmup = min(trainer.warmup_steps, steps // 10)  # a short training warms up for less
     schedule = ScheduledLR(list(optimizers.values()), warmup, steps)

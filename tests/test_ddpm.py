@@ -9,8 +9,9 @@ import torch
 from test_models import small
 
 import diffusion
-from denoising import DiffusionStep, make_optimizers
-from models import build
+from data import Digits, to_model_range
+from denoising import DiffusionStep, StableTargets, make_optimizers
+from models import DEFAULT_ETA, build
 from training import TrainState
 from unet import Attention, UNet, sinusoids
 from utils import keyed_generator
@@ -179,7 +180,10 @@ def test_one_seed_gives_one_picture(sampler, labels):
     assert first.min() >= -1 and first.max() <= 1 and first.std() > 0.1
 
 
-@pytest.mark.parametrize("options", [{"sampler": "dpm-solver++"}, {"sampler": "ddim"}, {"guidance": 2.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"eta": 0.0}, {"sampler": "ddim"}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}, {"guidance": 2.0}],
+)
 def test_chunks_give_the_same_picture_within_a_grey_level(options):
     network = small("ddpm")
     whole, parts = (draw(network, 7, list(range(7)), chunk_size=size, **options) for size in (7, 3))
@@ -259,10 +263,11 @@ def small_again():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"sampler": "euler"}, "sampler"), ({"steps": 0}, "steps"), ({"steps": 51}, "steps"), ({"eta": 0.5}, "eta"),
+        ({"sampler": "euler"}, "sampler"), ({"steps": 0}, "steps"), ({"steps": 51}, "steps"), ({"eta": 10.5}, "eta"),
         ({"guidance": -1.0}, "guidance"), ({"guidance": math.nan}, "guidance"), ({"guidance": 101.0}, "guidance"),
         ({"steps": 2.5}, "steps"), ({"chunk_size": 0}, "chunk"),
         ({"eta": 1.5, "sampler": "ddim"}, "eta"), ({"eta": math.nan, "sampler": "ddim"}, "eta"),
+        ({"eta": 0.5, "sampler": "ddpm"}, "eta"), ({"eta": -0.1}, "eta"),
     ],
 )  # fmt: skip
 def test_options_out_of_bounds_are_refused(options, named):
@@ -277,9 +282,17 @@ def test_an_unconditional_model_cannot_be_guided():
 
 def test_the_options_in_full():
     network = small("ddpm")
-    assert network.sample_options() == {"sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 0.0}
+    assert network.sample_options() == {"sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 2.0}
+    assert network.sample_options(sampler="ddim")["eta"] == 0
     assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50
     assert set(network.sample_options()) | {"watch"} == set(network.SAMPLE_OPTIONS)
+
+
+def test_eta_makes_dpm_solver_random():
+    network = small("ddpm")
+    plain, some, default = (draw(network, eta=eta) for eta in (0.0, 1.0, None))
+    assert not torch.equal(plain, some) and not torch.equal(some, default)
+    assert torch.equal(default, draw(network, eta=DEFAULT_ETA)) and torch.equal(plain, draw(network, eta=0.0))
 
 
 def test_eta_makes_ddim_random():
@@ -287,6 +300,50 @@ def test_eta_makes_ddim_random():
     plain, some, full = (draw(network, sampler="ddim", eta=eta) for eta in (0.0, 0.5, 1.0))
     assert not torch.equal(plain, some) and not torch.equal(some, full)
     assert torch.allclose(full, draw(network, sampler="ddpm"), atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Stable targets
+
+
+def five_digits() -> Digits:
+    images = torch.randint(0, 256, (5, 1, 28, 28), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return Digits(images, torch.tensor([4, 4, 4, 7, 8]), "digits", "train")
+
+
+def test_the_noisiest_rows_aim_at_what_they_may_come_from():
+    digits = five_digits()
+    images = to_model_range(digits.images)
+    x0, x = images[[0, 1, 3, 4]], torch.randn(4, 1, 28, 28)
+    alpha, sigma = (torch.tensor(values).view(4, 1, 1, 1) for values in ([1e-4, 1e-4, 1e-4, 0.9], [1.0, 1.0, 1.0, 0.4]))
+    targets = StableTargets(digits, share=0.75)(x, x0, torch.tensor([4, 10, 7, 8]), alpha, sigma)
+    assert torch.allclose(targets[0], images[:3].mean(0), atol=0.05)  # any four
+    assert torch.allclose(targets[1], images.mean(0), atol=0.05)  # any digit
+    assert torch.equal(targets[2], images[3])  # the only seven
+    assert torch.equal(targets[3], x0[3])  # little noise: as it was
+    clear = StableTargets(digits, share=0.99)(images * 0.9, images, torch.full((5,), 10), alpha[[3] * 5], sigma[[3] * 5])
+    assert torch.allclose(clear, images, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+def test_stable_targets_keep_the_gradient_and_quieten_it(prediction):
+    """Over many draws of noise, the mean gradient is the same and its variance much smaller."""
+    digits, network = five_digits(), small("ddpm", timesteps=1000, prediction=prediction)
+    torch.nn.init.normal_(network.unet.head.weight, std=0.1)
+    images, bias = to_model_range(digits.images).repeat(8, 1, 1, 1), network.unet.head.bias
+    labels = digits.labels.repeat(8)
+
+    def gradients(expected):
+        losses = (
+            network.loss(images, labels, torch.Generator().manual_seed(seed), 0.5, 0.1, expected) for seed in range(30)
+        )
+        return torch.cat([torch.autograd.grad(loss, network.unet.head.weight)[0].flatten(1) for loss in losses])
+
+    plain, stable = gradients(None), gradients(StableTargets(digits, 0.99))
+    assert bias.grad is None and not torch.equal(plain, stable)
+    assert stable.var(0).mean() < plain.var(0).mean()
+    error = (plain.mean(0) - stable.mean(0)).norm() / plain.std(0).norm()
+    assert error < 3 / math.sqrt(30)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -86,12 +86,14 @@ def test_the_command_line_names_what_there_is():
     flags.add_diffusion_flags(parser)
     choices = {action.dest: action.choices for action in parser._actions}
     assert set(choices["sampler"]) == set(diffusion.SAMPLERS)
+    assert (flags.MAX_ETA, flags.DEFAULT_ETA) == (models.MAX_ETA, models.DEFAULT_ETA)
     assert set(choices["schedule"]) == set(diffusion.SCHEDULES)
     assert set(choices["prediction"]) == set(diffusion.PREDICTIONS)
     assert flags.guidance_weight(str(models.MAX_GUIDANCE)) == models.MAX_GUIDANCE
     parser = flags.ArgumentParser("")
     flags.add_sampling_flags(parser)
     assert f"default: {models.DEFAULT_STEPS}" in parser.format_help()
+    assert f"default: {models.DEFAULT_ETA:g};" in parser.format_help()
 
 
 @BOTH
@@ -194,12 +196,13 @@ def test_ddim_agrees(steps, eta, clip, prediction, schedule):
 
 
 @pytest.mark.parametrize("steps", [2, 10, 20])
+@pytest.mark.parametrize(("eta", "algorithm"), [(0.0, "dpmsolver++"), (1.0, "sde-dpmsolver++")])
 @BOTH
-def test_dpm_solver_agrees(steps, schedule):
-    scheduler = theirs(DPMSolverMultistepScheduler, schedule, "v", algorithm_type="dpmsolver++", solver_order=2,
+def test_dpm_solver_agrees(steps, schedule, eta, algorithm):
+    scheduler = theirs(DPMSolverMultistepScheduler, schedule, "v", algorithm_type=algorithm, solver_order=2,
                        timestep_spacing="trailing", final_sigmas_type="zero")  # fmt: skip
     x, grid = torch.randn(4, 1, 7, 7), diffusion.time_grid(diffusion.noise_levels(schedule, 1000), steps)
-    ours = diffusion.dpm_solver(denoiser("v"), x, grid)
+    ours = diffusion.dpm_solver(denoiser("v"), x, grid, torch.Generator().manual_seed(0), eta)
     assert torch.allclose(ours, run_theirs(scheduler, x, steps), atol=1e-5)
 
 
@@ -208,6 +211,21 @@ def test_ddim_with_eta_1_is_ancestral_sampling():
     ddim = diffusion.ddim(denoiser("v", -1, 1), x, grid, torch.Generator().manual_seed(3), eta=1.0)
     ddpm = diffusion.ddpm(denoiser("v", -1, 1), x, grid, torch.Generator().manual_seed(3))
     assert torch.allclose(ddim, ddpm, atol=1e-9)
+
+
+def test_the_posterior_mean_is_bayes_rule():
+    """Against the densities written out, in float64."""
+    rng = torch.Generator().manual_seed(0)
+    images, x = torch.randn(7, 5, generator=rng).double(), torch.randn(3, 5, generator=rng).double()
+    alpha, sigma = torch.tensor([[0.9], [0.5], [0.0]]).double(), torch.tensor([[0.4], [0.8], [1.0]]).double()
+    possible = torch.ones(3, 7, dtype=torch.bool)
+    possible[1, ::2] = False
+    found = diffusion.posterior_mean(x, alpha, sigma, images, images.square().sum(1), possible)
+    for row in range(3):
+        density = torch.distributions.Normal(alpha[row] * images, sigma[row])
+        weight = density.log_prob(x[row]).sum(1).exp() * possible[row]
+        assert torch.allclose(found[row], (weight[:, None] * images).sum(0) / weight.sum())
+    assert torch.allclose(found[2], images.mean(0))  # pure noise tells nothing
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -269,3 +287,30 @@ def test_ancestral_sampling_converges_to_the_distribution():
         errors.append(DEVIATION - float(found.std()))
     assert errors[-1] < 0.015
     assert orders(errors) == pytest.approx([1] * 3, abs=0.25)
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0, 2.0])
+def test_the_noise_of_dpm_solver_leaves_the_distribution_as_it_is(eta):
+    x, levels = torch.randn(200_000, generator=torch.Generator().manual_seed(1)).double(), log_snr_grid(400)
+    start, *_, end = levels
+    x = start.alpha * MEAN + spread(start) * x
+    found = diffusion.dpm_solver(best_denoiser, x, levels, torch.Generator().manual_seed(0), eta)
+    assert float(found.mean()) == pytest.approx(end.alpha * MEAN, abs=0.005)
+    assert float(found.std()) == pytest.approx(spread(end), rel=0.01)
+    correlation = float(torch.corrcoef(torch.stack([x, found]))[0, 1])
+    assert correlation < 0.99  # the noise did act
+
+
+def test_the_noise_of_dpm_solver_forgives():
+    """A denoiser that was wrong at first is forgotten; without noise its error stays."""
+    levels = log_snr_grid(100)
+    x = torch.zeros(100_000).double()
+
+    def misled(x, level):
+        return best_denoiser(x, level) + (level.time < 30)
+
+    def mean(eta):
+        return float(diffusion.dpm_solver(misled, x, levels, torch.Generator().manual_seed(0), eta).mean())
+
+    exact = levels[-1].alpha * MEAN
+    assert abs(mean(2.0) - exact) < abs(mean(1.0) - exact) < abs(mean(0.0) - exact) / 2

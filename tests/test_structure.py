@@ -31,7 +31,7 @@ ROOMS = {
     "callbacks": {"checkpoint", "data", "plots", "training", "utils"},
     "experiment": {"callbacks", "checkpoint", "data", "evaluation", "training", "utils"},
     "adversarial": {"experiment", "guard", "models", "training", "utils"},
-    "denoising": {"checkpoint", "experiment", "guard", "models", "muon", "training", "utils"},
+    "denoising": {"checkpoint", "data", "diffusion", "experiment", "guard", "models", "muon", "training", "utils"},
 }
 SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ROOMS)
 
