@@ -79,7 +79,7 @@ class Measured(NamedTuple):
     metrics: dict[str, Any]
     logs: dict[str, Rows]
     pitfalls: Rows
-    curves: dict[str, dict[int, float]]
+    samplers: dict[tuple, float]
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -98,7 +98,7 @@ def read(reports: Path) -> Measured:
         metrics=read_metrics(reports / "metrics.json"),
         logs={name: read_csv(reports / f"{title}_training_log.csv") for name, title in LOGS.items()},
         pitfalls=read_csv(reports / "pitfalls.csv"),
-        curves=sampler_curves(read_csv(reports / "samplers.csv")),
+        samplers=sampler_ratios(read_csv(reports / "samplers.csv")),
     )
 
 
@@ -137,12 +137,13 @@ def _number(cell: str) -> float | str | None:
         return cell or None
 
 
-def sampler_curves(rows: Rows) -> dict[str, dict[int, float]]:
-    """samplers.csv averaged over its seeds: sampler -> evaluations -> FID ratio."""
-    curves: dict[str, dict[int, list[float]]] = {}
+def sampler_ratios(rows: Rows) -> dict[tuple[str, str, int, float, float], float]:
+    """samplers.csv averaged over its seeds: (drawn, sampler, steps, eta, guidance) -> FID ratio."""
+    ratios: dict[tuple, list[float]] = {}
     for row in rows:
-        curves.setdefault(row["sampler"], {}).setdefault(int(row["steps"]), []).append(row["fid_ratio"])
-    return {sampler: {steps: statistics.mean(r) for steps, r in points.items()} for sampler, points in curves.items()}
+        setting = row["drawn"], row["sampler"], int(row["steps"]), row["eta"], row["guidance"]
+        ratios.setdefault(setting, []).append(row["fid_ratio"])
+    return {setting: statistics.mean(values) for setting, values in ratios.items()}
 
 
 def draw_charts(folder: Path, measured: Measured) -> None:
@@ -242,7 +243,7 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         "test": rows["real test digits"],
         "minutes": {name: log[-1]["seconds"] / 60 for name, log in measured.logs.items()},
         "mistakes": {(row["model"], row["mistake"] or ""): row for row in measured.pitfalls},
-        "curves": measured.curves,
+        "samplers": measured.samplers,
     }
     try:
         text = environment.from_string(DISCUSSION.read_text()).render(known)

@@ -1,10 +1,10 @@
-"""Quality against cost of the diffusion samplers: FID over network evaluations, into reports/samplers.csv and .png.
+"""Ways to sample the diffusion model: quality against cost, into reports/samplers.csv and samplers.png.
 
-Every sampler and number of steps is scored with several seeds by the monitor's scorer: n samples, asked for the training
-set's own labels, against the training-set statistics (the test set is not used to choose anything). Each result is
-written at once, and what the file already holds for the same checkpoint, n and device is not measured again, so an
-interrupted run goes on where it was; rows of other checkpoints are dropped. "even in log-SNR" is DPM-Solver++ on another
-grid than ours, which is even in time: times at equal steps of the logarithm of the signal-to-noise ratio.
+Any digit (the null class): DPM-Solver++ with several strengths of noise, and DDIM, over network evaluations; and ancestral
+sampling. Digits on demand: guidance and noise at the default number of steps. Each is scored with several seeds by the
+monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
+defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n
+and device is not measured again, so an interrupted run goes on where it was; rows of other checkpoints are dropped.
 
     python benchmarks/samplers.py
 """
@@ -12,10 +12,10 @@ grid than ours, which is even in time: times at equal steps of the logarithm of 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import sys
 from pathlib import Path
-from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 import charts
 import data
-import diffusion
 import flags
 from checkpoint import file_sha256, load_generator
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
+from models import DEFAULT_STEPS
 from utils import ExpectedError, choose_device, run_script, write_csv
 
-KEY = ("checkpoint", "n", "device", "sampler", "steps", "seed")
-LOG_SNR = "even in log-SNR"
+FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
+SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
+KEY = ("checkpoint", "n", "device", *SETTING, "seed")
 
 
 def main() -> None:
@@ -39,7 +40,9 @@ def main() -> None:
     flag = parser.add_argument
     flag("--model", default="checkpoints/best_DIFF.pt", help="checkpoint of a diffusion model")
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
-    flag("--steps", type=flags.positive_int, nargs="+", default=[5, 7, 10, 15, 20, 30, 50], help="of the fast samplers")
+    flag("--steps", type=flags.positive_int, nargs="+", default=[5, 10, 15, 20, 30, 50], help="of the fast samplers")
+    flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, 1.0, 2.0], help="noise of DPM-Solver++")
+    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.15, 1.3], help="for digits on demand")
     flag("--seeds", type=flags.positive_int, default=3, help="seeds of the fast samplers and of 100 ancestral steps")
     flag("--full-seeds", type=flags.natural, default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -53,79 +56,87 @@ def main() -> None:
         raise ExpectedError(f"{args.model} holds no diffusion model of ten classes, whose samplers could be compared")
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
     extractor, table = Extractor(device), args.out_dir / "samplers.csv"
-    wanted = all_jobs(args, model.config.timesteps, str(device))
-    rows = [row for row in read_rows(table) if row["checkpoint"] == wanted[0]["checkpoint"]]
-    jobs = [job for job in wanted if not any(identity(row) == identity(job) for row in rows)]
-    total = sum(args.n * int(job["steps"]) for job in jobs)
+    head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": str(device)}
+    wanted = [head | job for job in all_jobs(args, model.config.timesteps)]
+    rows = [row for row in read_rows(table) if row["checkpoint"] == head["checkpoint"]]
+    done = {identity(row) for row in rows}
+    jobs = [job for job in wanted if identity(job) not in done]
+    total = sum(args.n * int(job["steps"]) * evaluations(job) for job in jobs)
     with tqdm(total=total, unit="eval", unit_scale=True, smoothing=0, disable=None) as bar:
         for job in jobs:
-            options = {"sampler": job["sampler"], "steps": int(job["steps"]), "watch": lambda x, level: bar.update(len(x))}
-            sampled = model
-            if job["sampler"] == LOG_SNR:
-                sampled, options["sampler"] = OnAnotherGrid(model), "dpm-solver++"
-            scorer = training_scorer(digits, extractor, args.n, int(job["seed"]), conditional=True, options=options)
-            figures = scorer(sampled)
-            rows.append({**job, **{name: f"{figures[name]:.6g}" for name in ("fid", "fid_ratio", "is", "label_accuracy")}})
+            figures = score(model, digits, extractor, args.n, job, bar)
+            rows.append({**job, **{name: f"{figures[name]:.6g}" if name in figures else "" for name in FIGURES}})
             write_csv(table, rows)
 
     write_csv(table, rows)  # also where nothing was left to do but to drop rows
-    summary = summarise([row for row in rows if (row["n"], row["device"]) == (str(args.n), str(device))])
-    charts.sampler_curve(args.out_dir / "samplers.png", summary, f"{args.n} samples a seed")
-    for name, points in summary.items():
-        for steps, fid_ratio in points.items():
-            spread = "(one seed)" if math.isnan(fid_ratio.std) else f"+- {fid_ratio.std:.2f}"
-            print(f"{name:24s} {steps:5d} evaluations   FID ratio {fid_ratio.mean:.2f} {spread}")
-    print(f"wrote {table} and samplers.png")
+    asked_for = {identity(job) for job in wanted}
+    report(args, [row for row in rows if identity(row) in asked_for])
 
 
-class OnAnotherGrid:
-    """A diffusion model whose samplers evaluate at even steps of log-SNR."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def sample(self, *args, **options):
-        with mock.patch.object(diffusion, "time_grid", log_snr_grid):
-            return self.model.sample(*args, **options)
-
-
-def log_snr_grid(levels: list[diffusion.Level], steps: int) -> list[diffusion.Level]:
-    """`steps` levels nearest to even steps of log-SNR, from the last time to the first, and the clean image."""
-    first, last = levels[-1].half_log_snr, levels[0].half_log_snr
-    aims = [first + (last - first) * i / max(1, steps - 1) for i in range(steps)]
-    nearest = {min(range(len(levels)), key=lambda t: abs(levels[t].half_log_snr - aim)) for aim in aims}
-    return [levels[t] for t in sorted(nearest, reverse=True)] + [diffusion.CLEAN]
-
-
-def all_jobs(args, timesteps: int, device: str) -> list[dict[str, str]]:
-    """Every measurement, the cheap ones first; ancestral sampling also with every timestep."""
-    plan = [(sampler, steps, args.seeds) for steps in args.steps for sampler in ("dpm-solver++", "ddim")]
-    plan += [(LOG_SNR, steps, args.seeds) for steps in args.steps if 10 <= steps <= 15]
-    plan += [("ddpm", 100, args.seeds), ("ddpm", timesteps, args.full_seeds)]
-    head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": device}
+def all_jobs(args, timesteps: int) -> list[dict[str, str]]:
+    """Every measurement, the most expensive one last."""
+    steps = [steps for steps in args.steps if steps <= timesteps]
+    curves = [("any digit", "dpm-solver++", count, eta, 1.0) for count in steps for eta in args.eta]
+    curves += [("any digit", "ddim", count, 0.0, 1.0) for count in steps]
+    default = min(DEFAULT_STEPS, timesteps)
+    on_demand = [("on demand", "dpm-solver++", default, eta, weight) for eta in args.eta for weight in args.guidance]
+    full = ("any digit", "ddpm", timesteps, 0.0, 1.0)
+    plan = [(setting, args.seeds) for setting in dict.fromkeys([*curves, *on_demand])]
+    plan += [(("any digit", "ddpm", 100, 0.0, 1.0), args.seeds)] if timesteps > 100 else []
     return [
-        {**head, "sampler": sampler, "steps": str(steps), "seed": str(seed)}
-        for sampler, steps, seeds in plan for seed in range(seeds) if steps <= timesteps
-    ]  # fmt: skip
+        {name: f"{value:g}" if type(value) is float else str(value) for name, value in zip(SETTING, setting)}
+        | {"seed": str(seed)}
+        for setting, seeds in [*plan, (full, args.full_seeds)]
+        for seed in range(seeds)
+    ]
 
 
 def identity(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
+def evaluations(job: dict[str, str]) -> int:
+    """Network evaluations in a step."""
+    return 1 if float(job["guidance"]) in (0, 1) else 2
+
+
+def score(model, digits: data.Digits, extractor: Extractor, n: int, job: dict[str, str], bar) -> dict[str, float]:
+    options = {"sampler": job["sampler"], "steps": int(job["steps"])}
+    options |= {name: float(job[name]) for name in ("eta", "guidance")}
+    options["watch"] = lambda x, level: bar.update(len(x) * evaluations(job))
+    scorer = training_scorer(digits, extractor, n, int(job["seed"]), job["drawn"] == "on demand", options)
+    return scorer(model)
+
+
 def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of an earlier run; none where there is no file, or one of other columns."""
     if not path.exists():
         return []
     with path.open() as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        return list(reader) if {*KEY, *FIGURES} == set(reader.fieldnames or ()) else []
 
 
-def summarise(rows: list[dict[str, str]]) -> dict:
-    """sampler -> steps -> mean and deviation of the FID ratio over the seeds."""
-    ratios: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
-        ratios.setdefault(row["sampler"], {}).setdefault(int(row["steps"]), []).append(float(row["fid_ratio"]))
-    return {name: {steps: estimate(values) for steps, values in sorted(points.items())} for name, points in ratios.items()}
+def report(args, rows: list[dict[str, str]]) -> None:
+    """Print every setting with its spread over the seeds, and draw the curves."""
+    curves: dict[str, dict[int, tuple]] = {}
+    rows = sorted(rows, key=setting_of)
+    for setting, same in itertools.groupby(rows, setting_of):
+        same = list(same)
+        ratio = estimate([float(row["fid_ratio"]) for row in same])
+        spread = "(one seed)" if math.isnan(ratio.std) else f"+- {ratio.std:.2f}"
+        line = f"{', '.join(f'{name} {value}' for name, value in zip(SETTING[1:], setting[1:]))}: FID ratio {ratio.mean:.2f}"
+        accuracy = estimate([float(row["label_accuracy"]) for row in same if row["label_accuracy"]] or [math.nan]).mean
+        print(f"{setting[0]}, {line} {spread}", "" if math.isnan(accuracy) else f"label accuracy {100 * accuracy:.2f} %")
+        if setting[0] == "any digit":
+            name = setting[1] + (f", eta {setting[3]:g}" if setting[1] == "dpm-solver++" else "")
+            curves.setdefault(name, {})[setting[2]] = ratio
+    charts.sampler_curve(args.out_dir / "samplers.png", curves, f"{args.n} samples a seed")
+    print(f"wrote {args.out_dir / 'samplers.csv'} and samplers.png")
+
+
+def setting_of(row: dict[str, str]) -> tuple[str, str, int, float, float]:
+    return row["drawn"], row["sampler"], int(row["steps"]), float(row["eta"]), float(row["guidance"])
 
 
 if __name__ == "__main__":

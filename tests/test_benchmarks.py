@@ -8,14 +8,22 @@ from conftest import error_line, read_csv, run_process, tiny_ddpm
 RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1]")
 
 
-def test_the_curve_of_the_samplers_goes_on_where_it_was(mnist_dir, tmp_path):
+def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path):
     """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another checkpoint."""
     tiny, out = tiny_ddpm(tmp_path, timesteps=4), tmp_path / "out"
-    args = ["--model", tiny, "--n", 500, "--steps", 2, 3, 15, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
+    args = ["--model", tiny, "--n", 500, "--steps", 2, 3, 15, "--eta", 0, 2, "--guidance", 1, 1.3]
+    args += ["--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
     assert run_process("benchmarks/samplers.py", *args).returncode == 0
     rows = read_csv(out / "samplers.csv")
-    expected = [("dpm-solver++", "2"), ("ddim", "2"), ("dpm-solver++", "3"), ("ddim", "3"), ("ddpm", "4")]
-    assert [(row["sampler"], row["steps"]) for row in rows] == expected
+    free = [row for row in rows if row["drawn"] == "any digit"]
+    curves = [("dpm-solver++", steps, eta) for steps in "23" for eta in "02"] + [("ddim", "2", "0"), ("ddim", "3", "0")]
+    assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "4", "0")]
+    assert not any(row["label_accuracy"] for row in free)
+    asked = [row for row in rows if row["drawn"] == "on demand"]
+    assert [(row["eta"], row["guidance"]) for row in asked] == [("0", "1"), ("0", "1.3"), ("2", "1"), ("2", "1.3")]
+    assert all(row["label_accuracy"] for row in asked)
+    assert len({row["fid"] for row in rows}) == len(rows)  # no option was ignored
+
     with (out / "samplers.csv").open("a") as file:
         file.write((out / "samplers.csv").read_text().splitlines()[1].replace(rows[0]["checkpoint"], "0" * 16) + "\n")
     picture = (out / "samplers.png").read_bytes()
@@ -23,15 +31,6 @@ def test_the_curve_of_the_samplers_goes_on_where_it_was(mnist_dir, tmp_path):
     assert result.returncode == 0 and "(one seed)" in result.stdout, result.stderr
     assert read_csv(out / "samplers.csv") == rows
     assert (out / "samplers.png").read_bytes() == picture
-
-
-def test_guidance_is_scored_at_each_strength(mnist_dir, tmp_path):
-    args = ["--guidance", 1, 3, "--steps", 2, "--n", 500, "--seeds", 2, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv"]
-    result = run_process("benchmarks/guidance.py", "--model", tiny_ddpm(tmp_path), *args)
-    assert result.returncode == 0, result.stderr
-    plain, guided = read_csv(tmp_path / "a.csv")
-    assert (plain["guidance"], guided["guidance"]) == ("1", "3") and plain["fid"] != guided["fid"]
-    assert all(float(row["fid_std"]) > 0 for row in (plain, guided))
 
 
 def test_every_figure_gets_worse_with_damage(mnist_dir, tmp_path):

@@ -330,8 +330,7 @@ def test_stable_targets_keep_the_gradient_and_quieten_it(prediction):
     """Over many draws of noise, the mean gradient is the same and its variance much smaller."""
     digits, network = five_digits(), small("ddpm", timesteps=1000, prediction=prediction)
     torch.nn.init.normal_(network.unet.head.weight, std=0.1)
-    images, bias = to_model_range(digits.images).repeat(8, 1, 1, 1), network.unet.head.bias
-    labels = digits.labels.repeat(8)
+    images, labels = to_model_range(digits.images).repeat(8, 1, 1, 1), digits.labels.repeat(8)
 
     def gradients(expected):
         losses = (
@@ -340,7 +339,6 @@ def test_stable_targets_keep_the_gradient_and_quieten_it(prediction):
         return torch.cat([torch.autograd.grad(loss, network.unet.head.weight)[0].flatten(1) for loss in losses])
 
     plain, stable = gradients(None), gradients(StableTargets(digits, 0.99))
-    assert bias.grad is None and not torch.equal(plain, stable)
     assert stable.var(0).mean() < plain.var(0).mean()
     error = (plain.mean(0) - stable.mean(0)).norm() / plain.std(0).norm()
     assert error < 3 / math.sqrt(30)

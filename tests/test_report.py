@@ -52,9 +52,10 @@ def folder(tmp_path_factory):
         "rows_by_digit": by_digit,
     }
     (folder / "reports" / "metrics.json").write_text(json.dumps(content))
-    lines = ["sampler,steps,seed,fid_ratio,images_per_second"]
-    lines += [f"{sampler},{steps},{seed},{10 / steps + seed + 1},{400 / steps}"
-              for sampler in ("dpm-solver++", "ddim") for steps in (5, 10) for seed in (0, 1)]  # fmt: skip
+    lines = ["drawn,sampler,steps,eta,guidance,seed,fid_ratio"]
+    lines += [f"any digit,{sampler},{steps},{eta},1,{seed},{10 / steps + seed + 1}"
+              for sampler, eta in (("dpm-solver++", 0), ("dpm-solver++", 2), ("ddpm", 0)) for steps in (20, 1000)
+              for seed in (0, 1)]  # fmt: skip
     (folder / "reports" / "samplers.csv").write_text("\n".join(lines))
     lines = [
         "model,mistake,n,fid,fid_ratio,is,label_accuracy",

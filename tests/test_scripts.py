@@ -263,7 +263,7 @@ def test_the_reference_preset_is_the_table(run, tmp_path):
         args = runpy.run_path(str(ROOT / script))["parse_args"](["--preset", "reference"])
         assert (args.epochs, args.batch_size, args.width, args.lr, args.warmup_steps) == (epochs, 128, width, 1e-4, 0)
     assert (args.timesteps, args.schedule, args.prediction, args.grad_clip) == (1000, "linear", "eps", 1.0)
-    assert args.time_power == 1.0 and args.muon_lr == 0
+    assert (args.time_power, args.muon_lr, args.stable_targets) == (1.0, 0, 0)
 
 
 BAD_ARGUMENTS = [
@@ -284,6 +284,8 @@ BAD_ARGUMENTS = [
     ("train_cgan.py", ["--epochs", "0"], "--epochs"),
     ("train_cgan.py", ["--lr-schedule", "plateau", "--warmup-steps", "5"], "--warmup-steps"),
     ("train_diffusion.py", ["--timesteps", "5", "--steps", "10"], "--steps 10 is more than the --timesteps 5"),
+    ("train_diffusion.py", ["--sampler", "ddim", "--eta", "2"], "--eta 2.0 is more than ddim"),
+    ("train_diffusion.py", ["--stable-targets", "1"], "--stable-targets"),
     ("train_diffusion.py", ["--grad-clip", "-1"], "--grad-clip"),
     ("train_diffusion.py", ["--label-dropout", "1"], "--label-dropout"),
     ("train_diffusion.py", ["--prediction", "x0"], "--prediction"),
@@ -292,6 +294,7 @@ BAD_ARGUMENTS = [
     ("inference.py", ["--guidance", "1e39"], "--guidance"),
     ("inference.py", ["--sampler", "euler"], "--sampler"),
     ("infer.py", ["--steps", "0"], "--steps"),
+    ("infer.py", ["--eta", "11"], "--eta"),
     ("evaluate.py", ["--seeds", "0"], "--seeds"),
     ("infer.py", ["--n", "0"], "--n"),
     ("infer.py", ["--n", "100000"], "--n"),
@@ -320,6 +323,7 @@ def test_failures_exit_with_1_and_overwrite_nothing(run, tmp_path):
         (["--gan-model", ROOT / "checkpoints" / "best_GAN_D.pt"], "cannot be sampled"),
         (["--diff-model", SHIPPED, "--steps", 5], "has no --steps"),
         (["--diff-model", tiny_ddpm(tmp_path), "--steps", 51], "steps must be"),
+        (["--diff-model", tiny_ddpm(tmp_path), "--sampler", "ddpm", "--eta", 1], "eta must"),
         (["--diff-model", truncated], "damaged"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
