@@ -23,7 +23,7 @@ from utils import ExpectedError, Interrupted, choose_device, make_deterministic,
 CHANGEABLE = {"epochs", "patience", "save_every", "device"}
 UNRECORDED = {"data_dir", "out_dir", "given", "resume"}  # of this machine or this call, not of the run
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
-SLOW_EVAL_SAMPLES = {"mnist": 2_000, "digits": 700}  # of a model of many evaluations per image, on a CPU
+SLOW_EVAL_SAMPLES = {"mnist": 1_000, "digits": 700}  # of a model of many evaluations per image, on a CPU
 DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 100, "save_every": 1}
 DRY_RUN_BATCHES = 4
 DEFAULT_FOLDERS = (".", "runs/dry-run", "runs/limit", "runs/digits")  # where runs go without --out-dir

@@ -15,7 +15,7 @@ from flags import (
 )
 from utils import run_script
 
-MONITOR_STEPS = 10  # enough to tell a better epoch from a worse one
+MONITOR_STEPS = 20  # with fewer, the error of the sampler hides what an epoch has brought
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -237,14 +237,14 @@ def test_a_batch_may_mix_digits(sampler):
         assert not torch.allclose(mixed[3 - rows[0]], same[3 - rows[0]], atol=1e-4)
 
 
-@pytest.mark.parametrize(("options", "steps"), [({}, 15), ({"sampler": "ddpm"}, 50), ({"steps": 3, "sampler": "ddpm"}, 3)])
+@pytest.mark.parametrize(("options", "steps"), [({}, 20), ({"sampler": "ddpm"}, 50), ({"steps": 3, "sampler": "ddpm"}, 3)])
 def test_the_number_of_evaluations(options, steps):
     seen = []
     small("ddpm").sample(2, **options, watch=lambda x, level: seen.append(level.time))
     assert len(seen) == steps and seen == sorted(seen, reverse=True) and seen[0] == 49
     seen.clear()
     small("ddpm", timesteps=10).sample(2, watch=lambda x, level: seen.append(level.time))
-    assert seen == list(range(9, -1, -1))  # there are no 15
+    assert seen == list(range(9, -1, -1))  # there are no 20
 
 
 def test_watching_sees_the_noise_that_the_sampler_starts_from():
@@ -282,7 +282,7 @@ def test_an_unconditional_model_cannot_be_guided():
 
 def test_the_options_in_full():
     network = small("ddpm")
-    assert network.sample_options() == {"sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 2.0}
+    assert network.sample_options() == {"sampler": "dpm-solver++", "steps": 20, "guidance": 1.0, "eta": 2.0}
     assert network.sample_options(sampler="ddim")["eta"] == 0
     assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50
     assert set(network.sample_options()) | {"watch"} == set(network.SAMPLE_OPTIONS)

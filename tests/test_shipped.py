@@ -145,22 +145,29 @@ def test_the_log_and_the_checkpoint_agree(title):
         assert meta["flags"]["limit"] == 0 and meta["flags"]["dataset"] == "mnist"
 
 
-@pytest.mark.parametrize("title", EXPORTS)
+@pytest.mark.parametrize("title", ["gan", "cgan"])
 def test_the_shipped_generator_scores_what_its_log_says(extractor, mnist_dir, title):
     """Half precision and another machine move the figure by less than a few per cent."""
     generator = load_generator(CHECKPOINTS / EXPORTS[title][0])
     flags, figures = generator.meta["flags"], generator.meta["metrics"]
     train = data.load_digits("mnist", "train", mnist_dir)
     conditional = generator.config.num_classes > 0
-    options = {name: flags[name] for name in generator.SAMPLE_OPTIONS if name in flags}
-    two_way = "fid_asked" in figures
-    scorer = evaluation.training_scorer(
-        train, extractor, flags["eval_samples"], flags["seed"], conditional, options, two_way
-    )
-    scores = scorer(generator)
+    scores = evaluation.training_scorer(train, extractor, flags["eval_samples"], flags["seed"], conditional)(generator)
     assert scores["fid"] == pytest.approx(figures["fid"], rel=0.05)
     assert scores["is"] == pytest.approx(figures["is"], abs=0.05)
     assert scores.get("label_accuracy", 1) == pytest.approx(figures.get("label_accuracy", 1), abs=0.002)
+
+
+def test_the_shipped_diffusion_model_scores_what_its_log_says(extractor, mnist_dir):
+    """With fewer samples, as they take long: compared by what lies above the floor of either size."""
+    generator = load_generator(CHECKPOINTS / "best_DIFF.pt")
+    flags, figures = generator.meta["flags"], generator.meta["metrics"]
+    options = {name: flags[name] for name in ("sampler", "steps", "eta", "guidance")}
+    train = data.load_digits("mnist", "train", mnist_dir)
+    scores = evaluation.training_scorer(train, extractor, 500, flags["seed"], False, options)(generator)
+    floors = evaluation.load_reference("train", extractor).floors
+    excess = figures["fid"] - floors[flags["eval_samples"]].fid.mean
+    assert scores["fid"] - floors[500].fid.mean == pytest.approx(excess, abs=1)
 
 
 def test_the_readme_states_the_measured_figures():
