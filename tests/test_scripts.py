@@ -76,15 +76,17 @@ def spy(function, calls: list):
 
 def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     flags = {"width": 8, "timesteps": 40, "schedule": "linear", "prediction": "eps", "grad_clip": 0.5, "label_dropout": 0.2,
-             "muon_lr": 1e-3, "sampler": "ddim", "steps": 3, "guidance": 2.0, "warmup_steps": 3}  # fmt: skip
+             "muon_lr": 1e-3, "sampler": "ddim", "steps": 3, "eta": 0.5, "guidance": 2.0, "warmup_steps": 3,
+             "stable_targets": 0.3}  # fmt: skip
     typed = [text for name, value in flags.items() for text in ("--" + name.replace("_", "-"), value)]
     sampled, steps = [], []
     monkeypatch.setattr(DDPM, "sample", spy(DDPM.sample, sampled))
     monkeypatch.setattr(DiffusionStep, "__init__", spy(DiffusionStep.__init__, steps))
     code, out, err = run("train_diffusion.py", "--dry-run", "--dataset", "digits", *typed, "--out-dir", tmp_path)
     assert code == 0, err
-    assert sampled == [{"sampler": "ddim", "steps": 3, "guidance": 2.0}] * 7  # three frames and two scorings in two ways
-    assert [(call["grad_clip"], call["label_dropout"]) for call in steps] == [(0.5, 0.2)]
+    options = {"sampler": "ddim", "steps": 3, "eta": 0.5, "guidance": 2.0}
+    assert sampled == [options] * 7  # three frames and two scorings in two ways
+    assert [(call["grad_clip"], call["label_dropout"], call["expected"].share) for call in steps] == [(0.5, 0.2, 0.3)]
     rates = [row["muon_lr"] for row in read_csv(tmp_path / "reports" / "diffusion_training_log.csv")]
     assert rates == ["0.0005", "0"]  # along half a cosine
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
