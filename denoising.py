@@ -90,7 +90,8 @@ def train_ddpm(args: argparse.Namespace) -> None:
         print("--label-dropout 0: what this model samples without a label, or with guidance, will mean nothing")
     if args.compile == "on":
         model.unet.compile()
-    sampling = {"sampler": args.sampler, "steps": args.steps, "eta": args.eta, "guidance": args.guidance}
+    sampling = {name: getattr(args, name) for name in ("sampler", "steps", "eta", "guidance")}
+    sampling["precision"] = run.precision
     exports = {"": ("ddpm", model)}
     run.train(step, model, {"model": model}, optimizers, exports, sampling, two_way=args.label_dropout > 0)
 

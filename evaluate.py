@@ -52,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--n {args.n} leaves too few samples of a digit; give at least {MIN_SAMPLES}")
     if args.inception_weights and args.extractor != "inception":
         parser.error("--inception-weights needs --extractor inception")
-    protocol = ("models", "n", "seeds", "seed", "extractor", "sampler", "steps", "eta", "guidance")
+    protocol = ("models", "n", "seeds", "seed", "extractor", "sampler", "steps", "eta", "precision", "guidance")
     default = all(getattr(args, name) == parser.get_default(name) for name in protocol)
     args.out_dir = Path(args.out_dir or ("reports" if default else "runs/reports"))
     return args
@@ -146,7 +146,7 @@ class Job(NamedTuple):
         if not self.generator.SAMPLE_OPTIONS:
             return {}
         options = self.generator.sample_options(**self.options)
-        names = ("sampler", "steps", "eta", *(["guidance"] if self.by_digit else []))
+        names = ("sampler", "steps", "eta", "precision", *(["guidance"] if self.by_digit else []))
         return {name: options[name] for name in names}
 
     @property
@@ -237,7 +237,7 @@ class Table:
 
     def __init__(self, args: argparse.Namespace, reference: str, device: object):
         self.protocol = {"n": args.n, "extractor": args.extractor, "reference": reference, "first_seed": args.seed,
-                         "device": str(device), "dtype": "float32"}  # fmt: skip
+                         "device": str(device)}  # fmt: skip
         self.rows: list[dict] = []
         self.digit_rows: list[dict] = []
         self.floor: dict | None = None

@@ -241,6 +241,8 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
          help="network evaluations of that sampler (default: 20; ddpm: every timestep)")  # fmt: skip
     flag("--eta", type=noise_strength, default=None,
          help="noise that it renews: 0 is deterministic, 1 as much as ancestral sampling (default: 2; ddim: 0)")  # fmt: skip
+    flag("--precision", choices=("fp32", "bf16"), default=None,
+         help="of a diffusion model's evaluations; bf16 is faster where the device has it (default: fp32)")  # fmt: skip
     if guidance:
         flag("--guidance", type=guidance_weight, default=None,
              help="strength of classifier-free guidance: 1 is plain conditional sampling; others take two evaluations a "
@@ -254,7 +256,7 @@ def sampling_options(args: argparse.Namespace, generator: Any, path: str) -> dic
     Raises:
         ExpectedError: it has no such option, or refuses its value.
     """
-    names = ("sampler", "steps", "eta", "guidance")
+    names = ("sampler", "steps", "eta", "precision", "guidance")
     typed = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
     if unknown := [f"--{name}" for name in typed if name not in generator.SAMPLE_OPTIONS]:
         raise ExpectedError(f"{path} holds a {generator.model_name}, which has no {', '.join(unknown)}; leave it out")

@@ -23,8 +23,10 @@ import diffusion
 from classifier import ClassifierConfig, DigitClassifier
 from interface import check_choice, check_int, check_request, evaluating
 from unet import UNet
+from utils import autocast
 
 NORMS = ("batch", "spectral", "none")
+PRECISIONS = ("fp32", "bf16")
 DEFAULT_STEPS = 20  # of the fast samplers
 DEFAULT_ETA = 2.0  # of DPM-Solver++; both by benchmarks/samplers.py
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
@@ -222,7 +224,7 @@ class DDPMConfig:
 class DDPM(nn.Module):
     """A U-Net and its noise schedule. The null class, `num_classes`, stands for "any digit"."""
 
-    SAMPLE_OPTIONS = ("sampler", "steps", "guidance", "eta", "watch")
+    SAMPLE_OPTIONS = ("sampler", "steps", "guidance", "eta", "precision", "watch")
 
     def __init__(self, config: DDPMConfig):
         super().__init__()
@@ -292,6 +294,7 @@ class DDPM(nn.Module):
         steps: int | None = None,
         guidance: float = 1.0,
         eta: float | None = None,
+        precision: str = "fp32",
         chunk_size: int = 125,
         watch: Callable[[Tensor, diffusion.Level], None] | None = None,
     ) -> Tensor:
@@ -305,6 +308,7 @@ class DDPM(nn.Module):
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
             eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` at most 10, and by
                 default DEFAULT_ETA; of `ddim` at most 1, and by default 0.
+            precision: of the network's evaluations: `fp32`, or `bf16`, which is faster where the device has it.
             chunk_size: images per forward pass; it bounds the memory.
             watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level: for pictures
                 of the denoising and for progress bars.
@@ -313,7 +317,7 @@ class DDPM(nn.Module):
             ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
         """
         check_request(n, labels, self.config.num_classes, chunk_size)
-        options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta)
+        options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta, precision=precision)
         grid = diffusion.time_grid(self.levels, options["steps"])
         draw = diffusion.SAMPLERS[sampler]
         if options["eta"]:
@@ -323,7 +327,7 @@ class DDPM(nn.Module):
         noise = torch.randn(n, 1, 28, 28, generator=rng)
         step_seed = int(torch.randint(2**62, (), generator=rng))
 
-        with evaluating(self) as device:
+        with evaluating(self) as device, autocast(device, precision):
             labels = labels.to(device)
 
             def denoise(x: Tensor, level: diffusion.Level) -> Tensor:
@@ -337,7 +341,13 @@ class DDPM(nn.Module):
             return draw(denoise, noise.to(device), grid, torch.Generator(device).manual_seed(step_seed))
 
     def sample_options(
-        self, *, sampler: str = "dpm-solver++", steps: int | None = None, guidance: float = 1.0, eta: float | None = None
+        self,
+        *,
+        sampler: str = "dpm-solver++",
+        steps: int | None = None,
+        guidance: float = 1.0,
+        eta: float | None = None,
+        precision: str = "fp32",
     ) -> dict[str, str | int | float]:
         """The options of `sample` with the defaults filled in; errors as there."""
         if sampler not in diffusion.SAMPLERS:
@@ -354,7 +364,9 @@ class DDPM(nn.Module):
             eta = DEFAULT_ETA if sampler == "dpm-solver++" else 0.0
         if not 0 <= eta <= MAX_ETA[sampler]:
             raise ValueError(f"eta must lie in 0..{MAX_ETA[sampler]} for {sampler}, not {eta}")
-        return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta}
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta, "precision": precision}
 
 
 # --------------------------------------------------------------------------------------------------------------------

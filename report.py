@@ -175,7 +175,9 @@ def draw_samples(args: argparse.Namespace, models: Rows) -> None:
     for row in models:
         generator = load_generator(row["checkpoint"], device)
         labels = torch.arange(data.NUM_CLASSES).repeat_interleave(SAMPLE_COLUMNS) if by_digit(row) else None
-        options = {name: row[name] for name in ("sampler", "steps", "eta", "guidance") if row.get(name) is not None}
+        options = {
+            name: row[name] for name in ("sampler", "steps", "eta", "precision", "guidance") if row.get(name) is not None
+        }
         rng = keyed_generator("cpu", 0, "report")
         samples = data.to_uint8(generator.sample(data.NUM_CLASSES * SAMPLE_COLUMNS, labels, rng, **options))
         plots.write_png(args.reports / sample_file(row), plots.image_grid(samples, SAMPLE_COLUMNS))

@@ -3,8 +3,8 @@
 Any digit (the null class): DPM-Solver++ with several strengths of noise, and DDIM, over network evaluations; and ancestral
 sampling. Digits on demand: guidance and noise at the default number of steps. Each is scored with several seeds by the
 monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
-defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n
-and device is not measured again, so an interrupted run goes on where it was; rows of other checkpoints are dropped.
+defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n,
+device and precision is not measured again: an interrupted run goes on where it was. Rows of other checkpoints are dropped.
 
     python benchmarks/samplers.py
 """
@@ -32,7 +32,7 @@ from utils import ExpectedError, choose_device, run_script, write_csv
 
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
 SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
-KEY = ("checkpoint", "n", "device", *SETTING, "seed")
+KEY = ("checkpoint", "n", "device", "precision", *SETTING, "seed")
 
 
 def main() -> None:
@@ -40,13 +40,14 @@ def main() -> None:
     flag = parser.add_argument
     flag("--model", default="checkpoints/best_DIFF.pt", help="checkpoint of a diffusion model")
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
-    flag("--steps", type=flags.positive_int, nargs="+", default=[5, 10, 15, 20, 30, 50], help="of the fast samplers")
-    flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, 1.0, 2.0], help="noise of DPM-Solver++")
-    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.15, 1.3], help="for digits on demand")
+    flag("--steps", type=flags.positive_int, nargs="+", default=[5, 10, 15, 20, 50], help="of the fast samplers")
+    flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, 2.0], help="noise of DPM-Solver++")
+    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.3, 1.6], help="for digits on demand")
     flag("--seeds", type=flags.positive_int, default=3, help="seeds of the fast samplers and of 100 ancestral steps")
     flag("--full-seeds", type=flags.natural, default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network's evaluations")
     flag("--out-dir", type=Path, default=Path("reports"), help="folder for samplers.csv and samplers.png")
     args = parser.parse_args()
 
@@ -56,7 +57,8 @@ def main() -> None:
         raise ExpectedError(f"{args.model} holds no diffusion model of ten classes, whose samplers could be compared")
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
     extractor, table = Extractor(device), args.out_dir / "samplers.csv"
-    head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": str(device)}
+    head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": str(device),
+            "precision": args.precision}  # fmt: skip
     wanted = [head | job for job in all_jobs(args, model.config.timesteps)]
     rows = [row for row in read_rows(table) if row["checkpoint"] == head["checkpoint"]]
     done = {identity(row) for row in rows}
@@ -102,7 +104,7 @@ def evaluations(job: dict[str, str]) -> int:
 
 def score(model, digits: data.Digits, extractor: Extractor, n: int, job: dict[str, str], bar) -> dict[str, float]:
     options = {"sampler": job["sampler"], "steps": int(job["steps"])}
-    options |= {name: float(job[name]) for name in ("eta", "guidance")}
+    options |= {"precision": job["precision"], **{name: float(job[name]) for name in ("eta", "guidance")}}
     options["watch"] = lambda x, level: bar.update(len(x) * evaluations(job))
     scorer = training_scorer(digits, extractor, n, int(job["seed"]), job["drawn"] == "on demand", options)
     return scorer(model)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from test_models import small
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import diffusion
 from data import Digits, to_model_range
@@ -98,6 +99,17 @@ def test_images_do_not_mix_within_a_batch():
     assert torch.allclose(whole, alone, atol=1e-5)
 
 
+def test_neighbouring_times_stay_distinct_in_bf16():
+    """As numbers of bf16, 900 and 901 are one and the same."""
+    network, x, labels = small("ddpm").unet, torch.randn(1, 1, 28, 28), torch.tensor([3])
+    with torch.autocast("cpu", torch.bfloat16):
+        conditions = []
+        network.middle[0].register_forward_pre_hook(lambda _, inputs: conditions.append(inputs[1]))
+        for time in (900.0, 901.0):
+            network(x, torch.tensor([time]), labels)
+    assert conditions[0].dtype == torch.float32 and not torch.equal(*conditions)
+
+
 def test_times_have_distinct_embeddings():
     embedded = sinusoids(torch.arange(1000), 32)
     assert embedded.shape == (1000, 32) and embedded.abs().max() <= 1
@@ -106,8 +118,8 @@ def test_times_have_distinct_embeddings():
 
 @pytest.mark.parametrize("width", range(8, 129, 8))
 def test_every_width_that_the_config_allows_can_be_built(width):
-    with torch.device("meta"):
-        network = build("ddpm", width=width).unet
+    with FakeTensorMode():  # shapes without numbers
+        network = UNet(width, 10)
         indices = torch.zeros(2, dtype=torch.int64)
         assert network(torch.zeros(2, 1, 28, 28), indices, indices).shape == (2, 1, 28, 28)
 
@@ -268,6 +280,7 @@ def small_again():
         ({"steps": 2.5}, "steps"), ({"chunk_size": 0}, "chunk"),
         ({"eta": 1.5, "sampler": "ddim"}, "eta"), ({"eta": math.nan, "sampler": "ddim"}, "eta"),
         ({"eta": 0.5, "sampler": "ddpm"}, "eta"), ({"eta": -0.1}, "eta"),
+        ({"precision": "fp16"}, "precision"),
     ],
 )  # fmt: skip
 def test_options_out_of_bounds_are_refused(options, named):
@@ -282,10 +295,18 @@ def test_an_unconditional_model_cannot_be_guided():
 
 def test_the_options_in_full():
     network = small("ddpm")
-    assert network.sample_options() == {"sampler": "dpm-solver++", "steps": 20, "guidance": 1.0, "eta": 2.0}
+    assert network.sample_options() == {
+        "sampler": "dpm-solver++", "steps": 20, "guidance": 1.0, "eta": 2.0, "precision": "fp32",
+    }  # fmt: skip
     assert network.sample_options(sampler="ddim")["eta"] == 0
     assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50
     assert set(network.sample_options()) | {"watch"} == set(network.SAMPLE_OPTIONS)
+
+
+def test_bf16_is_another_precision_of_the_same_samples():
+    network = small("ddpm")
+    exact, rounded = (draw(network, precision=precision) for precision in ("fp32", "bf16"))
+    assert 0 < (exact - rounded).abs().mean() < 0.02 and rounded.dtype == torch.float32
 
 
 def test_eta_makes_dpm_solver_random():
