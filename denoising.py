@@ -106,7 +106,7 @@ def assemble(
     """
     model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     model.to(digits.images.device)
-    optimizers = make_optimizers(model, args.lr, args.muon_lr)
+    optimizers = make_optimizers(model, args.lr, args.muon_lr, precision)
     step = DiffusionStep(
         model,
         optimizers,
@@ -121,7 +121,7 @@ def assemble(
     return model, optimizers, step
 
 
-def make_optimizers(model: DDPM, lr: float, muon_lr: float) -> dict[str, torch.optim.Optimizer]:
+def make_optimizers(model: DDPM, lr: float, muon_lr: float, precision: str = "fp32") -> dict[str, torch.optim.Optimizer]:
     """Muon for the matrices and convolutions between the U-Net's first and last layer, Adam for the rest, by the names of
     their learning rates; Adam for all with a `muon_lr` of 0."""
     parameters = dict(model.named_parameters())
@@ -130,7 +130,7 @@ def make_optimizers(model: DDPM, lr: float, muon_lr: float) -> dict[str, torch.o
     others = [p for name, p in parameters.items() if name not in hidden]
     optimizers = {"lr": torch.optim.Adam(others, lr=lr, fused=True)}
     if hidden:
-        optimizers["muon_lr"] = Muon([parameters[name] for name in hidden], lr=muon_lr)
+        optimizers["muon_lr"] = Muon([parameters[name] for name in hidden], lr=muon_lr, precision=precision)
     return optimizers
 
 

@@ -101,9 +101,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-# Of models.py, which needs torch: samplers, with the largest eta of each, and that of the default one
+# Of models.py, which needs torch: samplers, with the largest eta of each, and steps and eta of the default one
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
-SAMPLERS, DEFAULT_ETA = tuple(MAX_ETA), 2.0
+SAMPLERS, DEFAULT_STEPS, DEFAULT_ETA = tuple(MAX_ETA), 15, 2.0
 DIGIT_GUIDANCE = 1.3  # more right digits than 1, by benchmarks/samplers.py
 
 # `--preset reference`: the table of the classic student projects, to compare the defaults against.
@@ -224,7 +224,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--sampler", choices=SAMPLERS, default="dpm-solver++", help="sampler of the monitor and of the GIF")
     flag("--steps", type=positive_int, default=None,
-         help="network evaluations of that sampler (default: 20, or all of fewer timesteps)")  # fmt: skip
+         help="network evaluations of that sampler (default: 15, or all of fewer timesteps)")  # fmt: skip
     flag("--eta", type=noise_strength, default=None,
          help="noise that it renews: 0 is deterministic, 1 as much as ancestral sampling (default: 2; ddim: 0)")  # fmt: skip
     flag("--guidance", type=guidance_weight, default=1.0,
@@ -238,7 +238,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
     flag("--sampler", choices=SAMPLERS, default=None,
          help="sampler of a diffusion model; ddpm: ancestral (default: dpm-solver++)")  # fmt: skip
     flag("--steps", type=positive_int, default=None,
-         help="network evaluations of that sampler (default: 20; ddpm: every timestep)")  # fmt: skip
+         help="network evaluations of that sampler (default: 15; ddpm: every timestep)")  # fmt: skip
     flag("--eta", type=noise_strength, default=None,
          help="noise that it renews: 0 is deterministic, 1 as much as ancestral sampling (default: 2; ddim: 0)")  # fmt: skip
     flag("--precision", choices=("fp32", "bf16"), default=None,

@@ -27,7 +27,7 @@ from utils import autocast
 
 NORMS = ("batch", "spectral", "none")
 PRECISIONS = ("fp32", "bf16")
-DEFAULT_STEPS = 20  # of the fast samplers
+DEFAULT_STEPS = 15  # of the fast samplers
 DEFAULT_ETA = 2.0  # of DPM-Solver++; both by benchmarks/samplers.py
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
@@ -304,7 +304,7 @@ class DDPM(nn.Module):
             labels: int64 [n], the classes to draw; None draws from the null class, as an unconditional model.
             rng: CPU generator of all randomness; None uses torch's global one.
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
-            steps: network evaluations (pairs of them with guidance); by default 20, and every timestep for `ddpm`.
+            steps: network evaluations (pairs of them with guidance); by default 15, and every timestep for `ddpm`.
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
             eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` at most 10, and by
                 default DEFAULT_ETA; of `ddim` at most 1, and by default 0.

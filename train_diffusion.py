@@ -6,6 +6,7 @@ import argparse
 
 from flags import (
     DEFAULT_ETA,
+    DEFAULT_STEPS,
     DIFFUSION_REFERENCE,
     MAX_ETA,
     ArgumentParser,
@@ -15,8 +16,6 @@ from flags import (
 )
 from utils import run_script
 
-MONITOR_STEPS = 20  # with fewer, the error of the sampler hides what an epoch has brought
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
@@ -24,7 +23,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_diffusion_flags(parser)
     args = parse_training_args(parser, argv, DIFFUSION_REFERENCE)
     if args.steps is None:
-        args.steps = min(MONITOR_STEPS, args.timesteps)
+        args.steps = min(DEFAULT_STEPS, args.timesteps)
     if args.steps > args.timesteps and not args.resume:  # a resumed run has its own timesteps
         parser.error(f"--steps {args.steps} is more than the --timesteps {args.timesteps} that there are to visit")
     if args.eta is None:

@@ -54,6 +54,7 @@ def main() -> None:
         "ours, fp32": our_loop(args, digits, "fp32", muon_lr=1e-4),
         "ours, bf16": our_loop(args, digits, "bf16", muon_lr=1e-4),
         "ours with Adam alone, fp32": our_loop(args, digits, "fp32", muon_lr=0),
+        "ours with Adam alone, bf16": our_loop(args, digits, "bf16", muon_lr=0),
     }
     rates |= measure(args, loops)
 
@@ -117,7 +118,7 @@ def their_loop(args, digits, precision: str):
 def our_loop(args, digits, precision: str, muon_lr: float):
     """`DiffusionStep` with its EMA, as train_diffusion.py assembles them; a step each time the iterator is advanced."""
     network = our_network(digits.images.device)
-    optimizers = make_optimizers(network, 1e-4, muon_lr)
+    optimizers = make_optimizers(network, 1e-4, muon_lr, precision)
     state, ema = TrainState(), EMA(network, 0.999)
     step = DiffusionStep(network, optimizers, state, 0, precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
     for images, labels in batches(args, digits):

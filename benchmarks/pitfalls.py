@@ -27,7 +27,7 @@ import flags
 from checkpoint import file_sha256, load_generator
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from interface import evaluating
-from utils import ExpectedError, choose_device, run_script, write_csv
+from utils import ExpectedError, autocast, choose_device, run_script, write_csv
 
 CHUNK = 125
 
@@ -43,6 +43,7 @@ def main() -> None:
          help="steps of ancestral sampling; a schedule of so many timesteps is one of the mistakes")  # fmt: skip
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--precision", choices=("fp32", "bf16"), default="fp32", help="of the diffusion model's evaluations")
     flag("--out", type=Path, default=Path("reports/pitfalls.csv"), help="the table to write")
     args = parser.parse_args()
 
@@ -103,7 +104,7 @@ def cases(args, gan: nn.Module, ddpm: nn.Module, test: data.Digits) -> Iterator[
         f"{other} schedule at sampling": diffusion.time_grid(diffusion.noise_levels(other, config.timesteps), steps),
     }
     for mistake, grid in grids.items():
-        yield "DDPM", mistake, args.diffusion_n, ancestral(ddpm, grid)
+        yield "DDPM", mistake, args.diffusion_n, ancestral(ddpm, grid, args.precision)
 
 
 def in_unit_range(sample: Sample) -> Sample:
@@ -125,13 +126,14 @@ def without_statistics(gan: nn.Module) -> nn.Module:
     return blind
 
 
-def ancestral(ddpm: nn.Module, grid: list[diffusion.Level]) -> Sample:
+def ancestral(ddpm: nn.Module, grid: list[diffusion.Level], precision: str) -> Sample:
     """Ancestral sampling along `grid`, whose levels and times need not be those of the training."""
 
     def sample(n: int, labels: Tensor, rng: torch.Generator) -> Tensor:
         noise, parts = torch.randn(n, 1, 28, 28, generator=rng), []
         with (
             evaluating(ddpm) as device,
+            autocast(device, precision),
             torch.no_grad(),
             tqdm(total=n * (len(grid) - 1), unit="eval", leave=False, disable=None) as bar,
         ):

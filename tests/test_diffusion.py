@@ -86,7 +86,8 @@ def test_the_command_line_names_what_there_is():
     flags.add_diffusion_flags(parser)
     choices = {action.dest: action.choices for action in parser._actions}
     assert set(choices["sampler"]) == set(diffusion.SAMPLERS)
-    assert (flags.MAX_ETA, flags.DEFAULT_ETA) == (models.MAX_ETA, models.DEFAULT_ETA)
+    for name in ("MAX_ETA", "DEFAULT_STEPS", "DEFAULT_ETA"):
+        assert getattr(flags, name) == getattr(models, name)
     assert set(choices["schedule"]) == set(diffusion.SCHEDULES)
     assert set(choices["prediction"]) == set(diffusion.PREDICTIONS)
     assert flags.guidance_weight(str(models.MAX_GUIDANCE)) == models.MAX_GUIDANCE

@@ -34,14 +34,15 @@ def test_zero_stays_zero():
     assert not orthogonal(torch.zeros(1, 4, 6)).any()
 
 
-def test_it_is_torchs_muon():
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_it_is_torchs_muon(precision):
     """torch's works in bfloat16, which its iteration of steep polynomials makes visible: 3 %."""
     shapes = [(24, 60), (60, 24), (24, 60)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = copy.deepcopy(ours)
     start = copy.deepcopy(ours)
     optimizers = (
-        Muon(ours, lr=0.01, momentum=0.9),
+        Muon(ours, lr=0.01, momentum=0.9, precision=precision),
         torch.optim.Muon(theirs, lr=0.01, momentum=0.9, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
     )
     for _ in range(4):
