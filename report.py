@@ -1,7 +1,7 @@
 """Draw the report from what was measured: charts, reports/report.html and the README's results.
 
-Reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv and pitfalls.csv (of benchmarks/), and
-the shipped pictures; nothing is measured here, so it takes seconds.
+Reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv, pitfalls.csv and self_check.csv (of
+benchmarks/), and the shipped pictures; nothing is measured here, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ PITFALL_FIGURES = [
 ]  # fmt: skip
 
 
+SELF_CHECK_FIGURES = [
+    ("level", "level", 0, 1), ("fid", "FID", 2, 1), ("kid", "KID", 2, 1), ("is", "inception score", 2, 1),
+    ("precision", "precision", 3, 1), ("recall", "recall", 3, 1), ("density", "density", 3, 1),
+    ("coverage", "coverage", 3, 1),
+]  # fmt: skip
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
@@ -74,11 +81,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Measured(NamedTuple):
-    """What the report is drawn from: metrics.json, the logs by model, pitfalls.csv, and the FID ratios of samplers.csv."""
+    """What the report is drawn from: metrics.json, the logs by model, pitfalls.csv, self_check.csv, and the FID ratios of
+    samplers.csv."""
 
     metrics: dict[str, Any]
     logs: dict[str, Rows]
     pitfalls: Rows
+    self_check: Rows
     samplers: dict[tuple, float]
 
     @property
@@ -98,6 +107,7 @@ def read(reports: Path) -> Measured:
         metrics=read_metrics(reports / "metrics.json"),
         logs={name: read_csv(reports / f"{title}_training_log.csv") for name, title in LOGS.items()},
         pitfalls=read_csv(reports / "pitfalls.csv"),
+        self_check=read_csv(reports / "self_check.csv"),
         samplers=sampler_ratios(read_csv(reports / "samplers.csv")),
     )
 
@@ -216,14 +226,19 @@ def table_of(rows: Rows) -> tuple[list[str], list[tuple[str, list[str]]]]:
 
 def pitfall_table(pitfalls: Rows) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns, and the cells of each line: a mistake below the same model without it."""
-    lines = []
-    for row in pitfalls:
-        figures = [
-            "" if row.get(name) is None else f"{row[name] * factor:,.{digits}f}"
-            for name, _, digits, factor in PITFALL_FIGURES
-        ]
-        lines.append([row["model"], row["mistake"] or "none", *figures])
+    lines = [[row["model"], row["mistake"] or "none", *cells_of(row, PITFALL_FIGURES)] for row in pitfalls]
     return ["", "mistake", *(title for _, title, _, _ in PITFALL_FIGURES)], lines
+
+
+def self_check_table(rows: Rows) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and the cells of each line: a damage to real digits at one level."""
+    lines = [[row["damage"], *cells_of(row, SELF_CHECK_FIGURES)] for row in rows]
+    return ["digits", *(title for _, title, _, _ in SELF_CHECK_FIGURES)], lines
+
+
+def cells_of(row: Row, figures: list[tuple[str, str, int, float]]) -> list[str]:
+    """The figures of a row as text; an empty cell where one is missing."""
+    return ["" if row.get(name) is None else f"{row[name] * factor:,.{digits}f}" for name, _, digits, factor in figures]
 
 
 def discussion(measured: Measured) -> list[tuple[str, str]]:
@@ -244,6 +259,7 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         "floor": rows["real training digits"],
         "test": rows["real test digits"],
         "minutes": {name: log[-1]["seconds"] / 60 for name, log in measured.logs.items()},
+        "weakest": {row["model"]: weakest_digit(measured.metrics["rows_by_digit"], row["model"]) for row in measured.models},
         "mistakes": {(row["model"], row["mistake"] or ""): row for row in measured.pitfalls},
         "samplers": measured.samplers,
     }
@@ -255,6 +271,12 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         ) from error
     parts = (" ".join(part.split()) for part in text.split("\n\n"))
     return [(title, rest.strip()) for title, _, rest in (part.partition(": ") for part in parts if part)]
+
+
+def weakest_digit(rows_by_digit: Rows, model: str) -> Row | None:
+    """The digit of a model whose FID is the most times its floor; None for a model that is not asked for digits."""
+    rows = [row for row in rows_by_digit if row["model"] == model]
+    return max(rows, key=lambda row: row["fid_ratio"], default=None)
 
 
 def write_page(args: argparse.Namespace, measured: Measured, paragraphs: list[tuple[str, str]]) -> None:
@@ -274,6 +296,8 @@ def write_page(args: argparse.Namespace, measured: Measured, paragraphs: list[tu
             columns=columns,
             lines=lines,
             pitfalls=pitfall_table(measured.pitfalls),
+            self_check=self_check_table(measured.self_check),
+            check_n=int(measured.self_check[0]["n"]),
             discussion=paragraphs,
             models=[(charts.label_of(row["model"]), sample_file(row), by_digit(row)) for row in models],
             images={path.name: inline(path) for path in files if path.suffix in (".png", ".gif")},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import json
+import runpy
 
 import pytest
 import torch
@@ -170,13 +172,21 @@ def test_the_shipped_diffusion_model_scores_what_its_log_says(extractor, mnist_d
     assert scores["fid"] - floors[500].fid.mean == pytest.approx(excess, abs=1)
 
 
-def test_the_readme_states_the_measured_figures():
-    readme = (ROOT / "README.md").read_text()
-    for row in read_csv("metrics.csv"):
-        for name in ("fid", "is", "precision", "recall"):
-            assert not row[name] or f"{float(row[name]):.3f}" in readme, (row["model"], name)
-        if row["label_accuracy"]:
-            assert f"{100 * float(row['label_accuracy']):.2f} %" in readme, row["model"]
+def test_the_readme_is_what_the_report_writes():
+    """Its results are those of metrics.json and of the other files in reports/."""
+    report, readme = runpy.run_path(str(ROOT / "report.py")), (ROOT / "README.md").read_text()
+    measured = report["read"](ROOT / "reports")
+    section = report["results"](measured, report["discussion"](measured))
+    assert f"{report['BEGIN']}\n{section}\n{report['END']}" in readme
     pictures = [f"samples/{title}_progress.gif" for title in EXPORTS]
     for name in [*pictures, "samples/infer_side_by_side.png", "samples/diffusion_denoising.gif"]:
         assert name in readme and (ROOT / name).stat().st_size > 10_000
+
+
+def test_the_figures_are_those_of_the_shipped_checkpoints():
+    rows = json.loads((ROOT / "reports" / "metrics.json").read_text())["rows"]
+    scored = {row["checkpoint"]: row["sha256"] for row in rows if row.get("checkpoint")}
+    assert scored == {f"checkpoints/{names[0]}": file_sha256(CHECKPOINTS / names[0]) for names in EXPORTS.values()}
+    best = file_sha256(CHECKPOINTS / "best_DIFF.pt")[:16]
+    assert {row["checkpoint"] for row in read_csv("samplers.csv")} == {best}
+    assert {row["checkpoint"] for row in read_csv("pitfalls.csv") if row["model"] == "DDPM"} == {best}
