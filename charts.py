@@ -5,6 +5,7 @@ Colours are Okabe and Ito's, which the colour-blind tell apart; markers and hatc
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
@@ -146,7 +147,8 @@ def sampler_curve(path: str | os.PathLike, curves: dict[str, dict[int, tuple[flo
     """FID ratio over network evaluations, both logarithmic: sampler -> evaluations -> (mean, deviation)."""
     figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    styles = zip(("#0072b2", "#d55e00", "#cc79a7", "#009e73"), "osv^", ("-", "--", ":", "-."))
+    colours, markers, lines = ("#0072b2", "#d55e00", "#cc79a7", "#009e73", "#e69f00"), "osv^D", ("-", "--", ":", "-.", "-")
+    styles = itertools.cycle(zip(colours, markers, lines))
     for (name, points), (colour, marker, line) in zip(curves.items(), styles):
         means, deviations = zip(*points.values())
         axes.errorbar(list(points), means, deviations, label=name, color=colour, marker=marker, linestyle=line, capsize=3)

@@ -142,12 +142,12 @@ class Job(NamedTuple):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """The options in full, as far as they matter here; none for a GAN."""
+        """The options in full, as far as they matter here; `precision`, which is also a metric, as `dtype`."""
         if not self.generator.SAMPLE_OPTIONS:
-            return {}
+            return {"dtype": "fp32"}
         options = self.generator.sample_options(**self.options)
-        names = ("sampler", "steps", "eta", "precision", *(["guidance"] if self.by_digit else []))
-        return {name: options[name] for name in names}
+        names = ("sampler", "steps", "eta", *(["guidance"] if self.by_digit else []))
+        return {"dtype": options["precision"], **{name: options[name] for name in names}}
 
     @property
     def description(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import argparse
 import base64
 import csv
 import json
+import math
 import mimetypes
-import statistics
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,9 @@ from utils import ExpectedError, atomic_path, run_script
 
 HERE = Path(__file__).parent
 TEMPLATE, DISCUSSION, README = HERE / "report.html.jinja", HERE / "discussion.jinja", HERE / "README.md"
-LOGS = {"DCGAN": "gan", "conditional DCGAN": "cgan", "diffusion": "diffusion"}
+LOGS = {"DCGAN": "gan_training_log.csv", "conditional DCGAN": "cgan_training_log.csv",
+        "diffusion, first run": "diffusion_pretraining_log.csv",
+        "diffusion, fine-tuned": "diffusion_training_log.csv"}  # fmt: skip
 Row, Rows = dict[str, Any], list[dict[str, Any]]
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
 SAMPLE_COLUMNS = 10  # of a grid of ten rows
@@ -45,6 +47,7 @@ PITFALL_FIGURES = [
 ]  # fmt: skip
 
 
+SAMPLER_SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
 SELF_CHECK_FIGURES = [
     ("level", "level", 0, 1), ("fid", "FID", 2, 1), ("kid", "KID", 2, 1), ("is", "inception score", 2, 1),
     ("precision", "precision", 3, 1), ("recall", "recall", 3, 1), ("density", "density", 3, 1),
@@ -57,10 +60,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--reports", type=Path, default=Path("reports"), help="folder of the figures, and of what is drawn from them")
     flag("--samples", type=Path, default=Path("samples"), help="folder of the pictures and GIFs")
-    flag("--readme", type=Path, default=README, help="the file whose results section is rewritten")
+    flag("--readme", type=Path, default=None, help="the file whose results section is rewritten (default: this project's, "
+         "where --reports and --samples are its own)")  # fmt: skip
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...: draws the samples")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.reports.resolve() == HERE / "reports" and args.samples.resolve() == HERE / "samples":
+        args.readme = args.readme or README
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,19 +83,20 @@ def main(argv: list[str] | None = None) -> None:
 
     # Write
     write_page(args, measured, paragraphs)
-    write_readme(args.readme, results(measured, paragraphs))
-    print(f"wrote {args.reports / 'report.html'}, its figures, and the results in {args.readme}")
+    print(f"wrote {args.reports / 'report.html'} and its figures")
+    if args.readme:
+        write_readme(args.readme, results(measured, paragraphs))
+        print(f"wrote the results in {args.readme}")
 
 
 class Measured(NamedTuple):
-    """What the report is drawn from: metrics.json, the logs by model, pitfalls.csv, self_check.csv, and the FID ratios of
-    samplers.csv."""
+    """What the report is drawn from: metrics.json, the logs by training, and the other tables."""
 
     metrics: dict[str, Any]
     logs: dict[str, Rows]
     pitfalls: Rows
     self_check: Rows
-    samplers: dict[tuple, float]
+    samplers: Rows
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -102,14 +110,29 @@ class Measured(NamedTuple):
 
 
 def read(reports: Path) -> Measured:
-    """Everything that was measured, from the files in `reports`; `ExpectedError` names one that is missing."""
-    return Measured(
+    """Everything that was measured, from the files in `reports`.
+
+    Raises:
+        ExpectedError: one is missing, lacks something, or is of another checkpoint than metrics.json.
+    """
+    measured = Measured(
         metrics=read_metrics(reports / "metrics.json"),
-        logs={name: read_csv(reports / f"{title}_training_log.csv") for name, title in LOGS.items()},
-        pitfalls=read_csv(reports / "pitfalls.csv"),
-        self_check=read_csv(reports / "self_check.csv"),
-        samplers=sampler_ratios(read_csv(reports / "samplers.csv")),
+        logs={name: read_csv(reports / file, {"epoch", "fid", "seconds"}) for name, file in LOGS.items()},
+        pitfalls=read_csv(reports / "pitfalls.csv", {"model", "mistake", "checkpoint", *_names(PITFALL_FIGURES)}),
+        self_check=read_csv(reports / "self_check.csv", {"damage", "n", *_names(SELF_CHECK_FIGURES)}),
+        samplers=read_csv(reports / "samplers.csv", {"checkpoint", "n", "seed", "fid_ratio", *SAMPLER_SETTING}),
     )
+    hashes = {row["sha256"][:16] for row in measured.models}
+    for table in ("pitfalls", "samplers"):
+        if foreign := {row["checkpoint"] for row in getattr(measured, table)} - hashes - {None}:
+            raise ExpectedError(f"{table}.csv is of another checkpoint, {foreign.pop()}; measure it again")
+    if len({(row["n"], row["device"], row["precision"]) for row in measured.samplers}) > 1:
+        raise ExpectedError("samplers.csv holds more than one protocol; remove it and measure it again")
+    return measured
+
+
+def _names(figures: list[tuple]) -> list[str]:
+    return [name for name, *_ in figures]
 
 
 def read_metrics(path: Path) -> dict[str, Any]:
@@ -131,11 +154,14 @@ def read_metrics(path: Path) -> dict[str, Any]:
     return metrics
 
 
-def read_csv(path: Path) -> Rows:
-    """The rows of a CSV file; numbers as floats, empty cells as None."""
+def read_csv(path: Path, columns: set[str]) -> Rows:
+    """The rows of a CSV file, numbers as floats, empty cells as None; `ExpectedError` where it lacks one of the columns."""
     try:
         with path.open() as file:
-            return [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+            rows = [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        if not rows or columns - set(rows[0]):
+            raise ValueError(f"it lacks {', '.join(sorted(columns - set(rows[0]))) if rows else 'any row'}")
+        return rows
     except (OSError, ValueError, TypeError) as error:
         raise ExpectedError(f"{path} cannot be read ({error}); the README says which command writes it") from error
 
@@ -147,13 +173,14 @@ def _number(cell: str) -> float | str | None:
         return cell or None
 
 
-def sampler_ratios(rows: Rows) -> dict[tuple[str, str, int, float, float], float]:
-    """samplers.csv averaged over its seeds: (drawn, sampler, steps, eta, guidance) -> FID ratio."""
+def sampler_ratios(rows: Rows) -> dict[tuple, tuple[float, float, int]]:
+    """samplers.csv over its seeds: (drawn, sampler, steps, eta, guidance) -> mean and deviation of the FID ratio, seeds."""
+    from metrics import estimate
+
     ratios: dict[tuple, list[float]] = {}
     for row in rows:
-        setting = row["drawn"], row["sampler"], int(row["steps"]), row["eta"], row["guidance"]
-        ratios.setdefault(setting, []).append(row["fid_ratio"])
-    return {setting: statistics.mean(values) for setting, values in ratios.items()}
+        ratios.setdefault(tuple(row[name] for name in SAMPLER_SETTING), []).append(row["fid_ratio"])
+    return {setting: (*estimate(values), len(values)) for setting, values in ratios.items()}
 
 
 def draw_charts(folder: Path, measured: Measured) -> None:
@@ -176,18 +203,20 @@ def draw_samples(args: argparse.Namespace, models: Rows) -> None:
     import charts
     import data
     import plots
-    from checkpoint import load_generator
+    from checkpoint import file_sha256, load_generator
     from utils import choose_device, keyed_generator
 
     device = choose_device(args.device)
     train = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device).images
     panels = []
     for row in models:
+        if file_sha256(row["checkpoint"]) != row["sha256"]:
+            raise ExpectedError(f"{row['checkpoint']} is not the file of metrics.json any more; run evaluate.py again")
         generator = load_generator(row["checkpoint"], device)
         labels = torch.arange(data.NUM_CLASSES).repeat_interleave(SAMPLE_COLUMNS) if by_digit(row) else None
-        options = {
-            name: row[name] for name in ("sampler", "steps", "eta", "precision", "guidance") if row.get(name) is not None
-        }
+        options = {name: row[name] for name in ("sampler", "steps", "eta", "guidance") if row.get(name) is not None}
+        if options:
+            options["precision"] = row["dtype"]
         rng = keyed_generator("cpu", 0, "report")
         samples = data.to_uint8(generator.sample(data.NUM_CLASSES * SAMPLE_COLUMNS, labels, rng, **options))
         plots.write_png(args.reports / sample_file(row), plots.image_grid(samples, SAMPLE_COLUMNS))
@@ -221,6 +250,7 @@ def table_of(rows: Rows) -> tuple[list[str], list[tuple[str, list[str]]]]:
             spread = f" ± {deviation * factor:,.{digits}f}" if deviation and digits else ""
             cells.append(cell + spread)
         lines.append((title, cells))
+    lines.append(("precision of the evaluations", [row.get("dtype") or "" for row in rows]))
     return [charts.label_of(row["model"]) for row in rows], lines
 
 
@@ -259,9 +289,11 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         "floor": rows["real training digits"],
         "test": rows["real test digits"],
         "minutes": {name: log[-1]["seconds"] / 60 for name, log in measured.logs.items()},
+        "level": level,
         "weakest": {row["model"]: weakest_digit(measured.metrics["rows_by_digit"], row["model"]) for row in measured.models},
         "mistakes": {(row["model"], row["mistake"] or ""): row for row in measured.pitfalls},
-        "samplers": measured.samplers,
+        "samplers": sampler_ratios(measured.samplers),
+        "sampler_n": int(measured.samplers[0]["n"]),
     }
     try:
         text = environment.from_string(DISCUSSION.read_text()).render(known)
@@ -271,6 +303,12 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         ) from error
     parts = (" ".join(part.split()) for part in text.split("\n\n"))
     return [(title, rest.strip()) for title, _, rest in (part.partition(": ") for part in parts if part)]
+
+
+def level(ours: Row, theirs: Row) -> bool:
+    """Whether two FID ratios are too close for their deviations to tell which is better."""
+    gap, deviation = ours["fid_ratio"] - theirs["fid_ratio"], math.hypot(ours["fid_ratio_std"], theirs["fid_ratio_std"])
+    return abs(gap) < 2 * deviation
 
 
 def weakest_digit(rows_by_digit: Rows, model: str) -> Row | None:

@@ -50,6 +50,8 @@ def main() -> None:
     digit_command = [sys.executable, str(ROOT / "inference.py"), "--model", digit_model, "--digit", "9", "--outdir"]
     infer_command = [sys.executable, str(ROOT / "infer.py"), "--data-dir", str(data_dir), "--out"]
 
+    diffusion_model = load_generator(ROOT / "checkpoints" / "best_DIFF.pt", device)
+
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, n = {args.n}, {args.repeats} repeats")
     report = {
         "read MNIST's 60,000 training digits": lambda: data.load_digits("mnist", "train", data_dir),
@@ -58,6 +60,8 @@ def main() -> None:
         "infer.py (64 digits of each kind)": lambda: subprocess.run(
             [*infer_command, f"{scratch}/infer.png"], check=True, capture_output=True, cwd=ROOT
         ),
+        "500 diffusion digits, 15 evaluations, fp32": lambda: diffusion_model.sample(500, steps=15),
+        "500 diffusion digits, 15 evaluations, bf16": lambda: diffusion_model.sample(500, steps=15, precision="bf16"),
         "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
         "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
         "  of that: features": lambda: extractor(images),

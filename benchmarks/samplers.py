@@ -1,7 +1,7 @@
 """Ways to sample the diffusion model: quality against cost, into reports/samplers.csv and samplers.png.
 
 Any digit (the null class): DPM-Solver++ with several strengths of noise, and DDIM, over network evaluations; and ancestral
-sampling. Digits on demand: guidance and noise at the default number of steps. Each is scored with several seeds by the
+sampling. Digits on demand: guidance, with the default steps and noise. Each is scored with several seeds by the
 monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
 defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n,
 device and precision is not measured again: an interrupted run goes on where it was. Rows of other checkpoints are dropped.
@@ -27,7 +27,7 @@ import flags
 from checkpoint import file_sha256, load_generator
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
-from models import DEFAULT_STEPS
+from models import DEFAULT_ETA, DEFAULT_STEPS
 from utils import ExpectedError, choose_device, run_script, write_csv
 
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
@@ -81,7 +81,7 @@ def all_jobs(args, timesteps: int) -> list[dict[str, str]]:
     curves = [("any digit", "dpm-solver++", count, eta, 1.0) for count in steps for eta in args.eta]
     curves += [("any digit", "ddim", count, 0.0, 1.0) for count in steps]
     default = min(DEFAULT_STEPS, timesteps)
-    on_demand = [("on demand", "dpm-solver++", default, eta, weight) for eta in args.eta for weight in args.guidance]
+    on_demand = [("on demand", "dpm-solver++", default, DEFAULT_ETA, weight) for weight in args.guidance]
     full = ("any digit", "ddpm", timesteps, 0.0, 1.0)
     plan = [(setting, args.seeds) for setting in dict.fromkeys([*curves, *on_demand])]
     plan += [(("any digit", "ddpm", 100, 0.0, 1.0), args.seeds)] if timesteps > 100 else []

@@ -27,34 +27,36 @@ from utils import ExpectedError, choose_device, keyed_generator, run_script, wri
 
 BETTER_WHEN = {"fid": "low", "kid": "low", "is": "high", "precision": "high", "recall": "high", "density": "high",
                "coverage": "high"}  # fmt: skip
+MAX_DIGITS = 12_000
 
 
-def noisy(images: Tensor, labels: Tensor, level: int) -> Tensor:
+def noisy(digits: data.Digits, n: int, level: int) -> Tensor:
     """Gaussian noise of `level` grey levels."""
+    images = digits.images[:n].float()
     noise = torch.randn(images.shape, generator=keyed_generator("cpu", "noise")).to(images.device)
     return images + level * noise
 
 
-def blurred(images: Tensor, labels: Tensor, level: int) -> Tensor:
+def blurred(digits: data.Digits, n: int, level: int) -> Tensor:
     """The mean over 3x3 pixels, `level` times."""
+    images = digits.images[:n].float()
     for _ in range(level):
         images = F.avg_pool2d(images, 3, stride=1, padding=1)
     return images
 
 
-def shifted(images: Tensor, labels: Tensor, level: int) -> Tensor:
+def shifted(digits: data.Digits, n: int, level: int) -> Tensor:
     """`level` pixels to the right; what leaves the image comes back on the left, where digits are empty."""
-    return images.roll(level, dims=-1)
+    return digits.images[:n].roll(level, dims=-1)
 
 
-def incomplete(images: Tensor, labels: Tensor, level: int) -> Tensor:
-    """Without the last `level` classes, whose places are taken by other digits."""
-    kept = images[labels < 10 - level]
-    return kept[torch.arange(len(images), device=images.device) % len(kept)]
+def incomplete(digits: data.Digits, n: int, level: int) -> Tensor:
+    """Without the last `level` classes, whose places are taken by other digits of the rest."""
+    return digits.images[digits.labels < 10 - level][:n]
 
 
 # Damage -> its levels, and the figures that must see it
-DAMAGES: dict[Callable[[Tensor, Tensor, int], Tensor], tuple[tuple[int, ...], tuple[str, ...]]] = {
+DAMAGES: dict[Callable[[data.Digits, int, int], Tensor], tuple[tuple[int, ...], tuple[str, ...]]] = {
     noisy: ((0, 10, 20, 40, 80), ("fid", "kid", "precision", "density", "coverage")),
     blurred: ((0, 1, 2, 3), ("fid", "kid", "precision", "density", "coverage")),
     shifted: ((0, 1, 2, 4), ("fid", "kid", "precision", "density", "coverage")),
@@ -65,19 +67,23 @@ DAMAGES: dict[Callable[[Tensor, Tensor, int], Tensor], tuple[tuple[int, ...], tu
 def main() -> None:
     parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--n", type=flags.sample_count, default=5000, help="digits at each level")
+    flag("--n", type=flags.sample_count, default=5000, help=f"digits at each level, at most {MAX_DIGITS}")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--out", type=Path, default=Path("reports/self_check.csv"), help="the table to write")
     args = parser.parse_args()
+    if args.n > MAX_DIGITS:
+        parser.error(
+            f"--n {args.n} is more than the {MAX_DIGITS} training digits of the two classes that are left at the end"
+        )
 
     device = choose_device(args.device)
     data_dir = args.data_dir or data.default_data_dir()
     train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
-    reference, digits = RealDigits(test, test, train, Extractor(device)), train.subset(args.n, "self check")
+    reference, digits = RealDigits(test, test, train, Extractor(device)), train.subset(len(train), "self check")  # shuffled
     rows, blind = [], []
     for damage, (levels, watched) in DAMAGES.items():
-        figures = [score(reference, damage(digits.images.float(), digits.labels, level)) for level in levels]
+        figures = [score(reference, damage(digits, args.n, level)) for level in levels]
         rows += [{"damage": damage.__name__, "level": level, "n": args.n, **row} for level, row in zip(levels, figures)]
         blind += [f"{name} of {damage.__name__} digits" for name in watched if not worsens(name, figures)]
         for row in rows[-len(levels) :]:
@@ -90,7 +96,7 @@ def main() -> None:
 
 
 def score(reference: RealDigits, images: Tensor) -> dict[str, float]:
-    figures, _ = reference.score(images.round().clamp(0, 255).to(torch.uint8), seed=0, memorised=False)
+    figures, _ = reference.score(images.float().round().clamp(0, 255).to(torch.uint8), seed=0, memorised=False)
     return {name: figures[name] for name in BETTER_WHEN}
 
 

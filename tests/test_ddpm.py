@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import diffusion
 from data import Digits, to_model_range
 from denoising import DiffusionStep, StableTargets, make_optimizers
-from models import DEFAULT_ETA, build
+from models import DEFAULT_ETA, DEFAULT_STEPS, build
 from training import TrainState
 from unet import Attention, UNet, sinusoids
 from utils import keyed_generator
@@ -249,14 +249,16 @@ def test_a_batch_may_mix_digits(sampler):
         assert not torch.allclose(mixed[3 - rows[0]], same[3 - rows[0]], atol=1e-4)
 
 
-@pytest.mark.parametrize(("options", "steps"), [({}, 20), ({"sampler": "ddpm"}, 50), ({"steps": 3, "sampler": "ddpm"}, 3)])
+@pytest.mark.parametrize(
+    ("options", "steps"), [({}, DEFAULT_STEPS), ({"sampler": "ddpm"}, 50), ({"steps": 3, "sampler": "ddpm"}, 3)]
+)
 def test_the_number_of_evaluations(options, steps):
     seen = []
     small("ddpm").sample(2, **options, watch=lambda x, level: seen.append(level.time))
     assert len(seen) == steps and seen == sorted(seen, reverse=True) and seen[0] == 49
     seen.clear()
     small("ddpm", timesteps=10).sample(2, watch=lambda x, level: seen.append(level.time))
-    assert seen == list(range(9, -1, -1))  # there are no 20
+    assert seen == list(range(9, -1, -1))  # there are no more
 
 
 def test_watching_sees_the_noise_that_the_sampler_starts_from():

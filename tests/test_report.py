@@ -10,6 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, error_line, read_csv, tiny_ddpm
 
+from checkpoint import file_sha256
+
 MARKS = "<!-- results: written by report.py -->", "<!-- end of results -->"
 
 
@@ -19,14 +21,17 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     for name in ("samples", "reports"):
         shutil.copytree(ROOT / name, folder / name)
-    path = folder / "reports" / "metrics.json"
-    content = json.loads(path.read_text())
-    for row in content["rows"]:
-        if row["model"].startswith("ddpm"):
-            row["checkpoint"] = str(tiny_ddpm(folder))
-    path.write_text(json.dumps(content))
+    shipped, tiny = ROOT / "checkpoints" / "best_DIFF.pt", tiny_ddpm(folder)
+    old, new = file_sha256(shipped), file_sha256(tiny)
+    for name in ("metrics.json", "samplers.csv", "pitfalls.csv"):
+        text = (folder / "reports" / name).read_text().replace("checkpoints/best_DIFF.pt", str(tiny))
+        (folder / "reports" / name).write_text(text.replace(old, new).replace(old[:16], new[:16]))
     (folder / "README.md").write_text(f"before\n{MARKS[0]}\nan older table\n{MARKS[1]}\nafter\n")
     return folder
+
+
+def replace_once(path, old: str, new: str) -> None:
+    path.write_text(path.read_text().replace(old, new, 1))
 
 
 @pytest.fixture
@@ -85,7 +90,17 @@ def test_the_readme_gets_the_figures(report, folder):
         (lambda folder: (folder / "samples" / "gan_progress.gif").unlink(), "gan_progress.gif"),
         (lambda folder: (folder / "reports" / "samplers.csv").unlink(), "samplers.csv"),
         (lambda folder: (folder / "reports" / "self_check.csv").unlink(), "self_check.csv"),
-        (lambda folder: (folder / "reports" / "pitfalls.csv").write_text("a,b\n1,2,3\n"), "pitfalls.csv"),
+        (lambda folder: (folder / "reports" / "pitfalls.csv").write_text("a,b\n1,2\n"), "pitfalls.csv"),
+        (
+            lambda folder: (folder / "reports" / "gan_training_log.csv").write_text("epoch,fid,seconds\n"),
+            "gan_training_log.csv",
+        ),
+        (lambda folder: replace_once(folder / "reports" / "samplers.csv", ",cpu,", ",cuda,"), "more than one protocol"),
+        (lambda folder: replace_once(folder / "reports" / "samplers.csv", "\n", "\n0"), "another checkpoint"),
+        (
+            lambda folder: replace_once(folder / "reports" / "metrics.json", '"sha256": "', '"sha256": "0'),
+            "evaluate.py again",
+        ),
         (lambda folder: (folder / "reports" / "metrics.json").write_text("5"), "evaluate.py"),
         (lambda folder: (folder / "reports" / "metrics.json").write_text('{"rows": [5]}'), "evaluate.py"),
     ],
