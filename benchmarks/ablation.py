@@ -58,6 +58,7 @@ def main() -> None:
         text, trainer = recipe
         state, network, precision = train(trainer, digits, args.minutes, seed)
         options = {name: getattr(trainer, name) for name in ("sampler", "steps", "eta", "guidance")}
+        options["precision"] = precision
         scorer = training_scorer(digits, extractor, args.n, 0, conditional=True, options=options, two_way=True)
         parameters, gflop = size_of(network, device)
         start = time.perf_counter()
