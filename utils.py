@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import ctypes
+import functools
 import glob
 import hashlib
 import io
@@ -122,7 +123,19 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 for `precision='bf16'`, a context that does nothing for `fp32`."""
     import torch
 
+    if precision == "bf16" and device.type == "cpu":
+        _warn_of_emulated_bf16()
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+@functools.cache
+def _warn_of_emulated_bf16() -> None:
+    """Say once where this CPU has no bf16 instructions: emulated convolutions can take a hundred times as long."""
+    import torch
+
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function
+    if capabilities and not any("bf16" in name and has for name, has in capabilities.items()):
+        print("note: this CPU has no bf16 instructions: --precision fp32 can be many times faster", file=sys.stderr)
 
 
 def make_deterministic() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import utils
 from models import MODELS, ClassBatchNorm2d, build
 from utils import keyed_generator
 
@@ -138,3 +139,13 @@ def test_the_stem_is_a_transposed_convolution():
     expected = torch.nn.functional.conv_transpose2d(z[:, :, None, None], weight)
     ours = (network.stem(z) - network.stem.bias).unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)
     assert torch.allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("has_bf16, notes", [(True, 0), (False, 1)])
+def test_bf16_without_its_instructions_is_noted_once(monkeypatch, capsys, has_bf16, notes):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16}, raising=False)
+    utils._warn_of_emulated_bf16.cache_clear()
+    for precision in ("fp32", "bf16", "bf16"):
+        utils.autocast(torch.device("cpu"), precision)
+    utils._warn_of_emulated_bf16.cache_clear()
+    assert capsys.readouterr().err.count("no bf16 instructions") == notes
