@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import distributed
 from experiment import Experiment
 from guard import Guard
 from models import build
@@ -87,14 +88,15 @@ class GANStep:
         self.conditional = generator.config.num_classes > 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        labels = labels if self.conditional else None
-        rng = keyed_generator("cpu", self.seed, "noise", self.state.step)
-        noise = torch.randn(len(images), self.generator.config.latent_dim, generator=rng).to(images.device)
+        rows = distributed.share(len(images))
+        noise = self._noise(len(images))[rows].to(images.device)
+        questions = self._questions(labels)[:, rows] if self.conditional else None  # [2, B]
+        images, labels = images[rows], questions[0] if self.conditional else None
         self.guard.keep()
         with autocast(images.device, self.precision):
             fake = self.generator(noise, labels)  # [B, 1, 28, 28], used by both updates
 
-        loss_d = self._update_discriminator(images, fake.detach(), labels)
+        loss_d = self._update_discriminator(images, fake.detach(), questions)
         loss_g = self._update_generator(images, fake, labels)
         self.guard.restore()
         return {"loss_d": loss_d, "loss_g": loss_g}
@@ -105,17 +107,26 @@ class GANStep:
         mismatch = MISMATCH_WEIGHT * float(self.loss.mismatch(zero, zero)) if self.conditional else 0.0
         return float(self.loss.discriminator(zero, zero)) + mismatch
 
-    def _update_discriminator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
+    def _noise(self, n: int) -> Tensor:
+        rng = keyed_generator("cpu", self.seed, "noise", self.state.step)
+        return torch.randn(n, self.generator.config.latent_dim, generator=rng)
+
+    def _questions(self, labels: Tensor) -> Tensor:
+        """[2, B]: the labels, and for each of them another one, uniformly."""
+        classes, rng = self.generator.config.num_classes, keyed_generator("cpu", self.seed, "wrong labels", self.state.step)
+        wrong = (labels + torch.randint(1, classes, labels.shape, generator=rng).to(labels.device)) % classes
+        return torch.stack([labels, wrong])
+
+    def _update_discriminator(self, real: Tensor, fake: Tensor, questions: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(True)
         penalised = self.loss.penalty and self.state.step % PENALTY_EVERY == 0
         if penalised:
             real, fake = real.detach().requires_grad_(), fake.requires_grad_()
         with autocast(real.device, self.precision):
-            if labels is None:
+            if questions is None:
                 real_logit, fake_logit = self._judge(real, fake)
                 loss = self.loss.discriminator(real_logit, fake_logit)
             else:
-                questions = torch.stack([labels, self._wrong_labels(labels)])
                 (real_logit, wrong_logit), (fake_logit, _) = self._judge(real, fake, questions)
                 loss = self.loss.discriminator(real_logit, fake_logit)
                 loss = loss + MISMATCH_WEIGHT * self.loss.mismatch(real_logit, wrong_logit)
@@ -135,11 +146,6 @@ class GANStep:
         both = torch.cat([real, fake]).contiguous(memory_format=torch.channels_last)  # [2B, 1, 28, 28]
         real_logit, fake_logit = self.discriminator(both, None if labels is None else labels.repeat(1, 2)).chunk(2, -1)
         return real_logit, fake_logit
-
-    def _wrong_labels(self, labels: Tensor) -> Tensor:
-        """For each label another one, uniformly."""
-        classes, rng = self.generator.config.num_classes, keyed_generator("cpu", self.seed, "wrong labels", self.state.step)
-        return (labels + torch.randint(1, classes, labels.shape, generator=rng).to(labels.device)) % classes
 
     def _update_generator(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> Tensor:
         self.discriminator.requires_grad_(False)  # its weight gradients would be thrown away: a third of its backward

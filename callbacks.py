@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import distributed
 import plots
 from checkpoint import keep_previous, save_model, write_tensors
 from data import NUM_CLASSES, to_uint8
 from training import Callback, StopSignals, TrainState
-from utils import ExpectedError, Interrupted, keyed_generator, write_csv
+from utils import ExpectedError, Interrupted, is_first, keyed_generator, write_csv
 
 
 class EMA(Callback):
@@ -67,7 +68,7 @@ class FIDMonitor(Callback):
         if (state.epoch + 1) % self.every:
             return
         with self.signals.at_once():  # nothing has changed yet, so a resumed run scores again
-            figures = self.score(self.model)
+            figures = distributed.of_first(self.score(self.model))
         state.row.update(figures)
         if figures["fid"] < state.best_fid:
             state.best_fid, state.best_epoch = figures["fid"], state.epoch + 1
@@ -273,7 +274,8 @@ class CSVLogger(Callback):
 class StateSaver(Callback):
     """Writes all that a resumed run needs: after every epoch, every minute, and when a signal asks to stop.
 
-    `parts` are the objects with a `state_dict` (networks, optimizers, callbacks) by name.
+    `parts` are the objects with a `state_dict` (networks, optimizers, callbacks) by name. Of several processes, all stop
+    where one is asked to, and the first one writes.
     """
 
     SECONDS = 60.0
@@ -283,13 +285,15 @@ class StateSaver(Callback):
         self.saved_at = time.monotonic()
 
     def at_rest(self, state: TrainState) -> None:
-        if self.signals.received:
-            raise Interrupted(self.signals.received)  # the trainer saves, then lets the process end
+        if signum := distributed.largest(self.signals.received):
+            raise Interrupted(signum)  # the trainer saves, then lets the process end
         if state.batch == 0 or time.monotonic() - self.saved_at > self.SECONDS:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
         """Write the file; a state with a loss or weight that is not finite is refused with `ExpectedError`."""
+        if not is_first():
+            return
         state.mean_losses()
         position = {name: value for name, value in vars(state).items() if not name.startswith("_")}
         parts = {name: part.state_dict() for name, part in self.parts.items()}

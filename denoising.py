@@ -10,6 +10,7 @@ from torch import Tensor
 
 import data
 import diffusion
+import distributed
 from checkpoint import file_sha256, load_generator
 from experiment import Experiment
 from guard import Guard
@@ -70,8 +71,9 @@ class DiffusionStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
+        rows = distributed.share(len(images))
         with autocast(images.device, self.precision):
-            loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power, self.expected)
+            loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power, self.expected, rows)
         return {"loss": self.guard.update(loss, *self.optimizers.values(), clip=self.grad_clip)}
 
 

@@ -19,6 +19,7 @@ from utils import (
     ExpectedError,
     check_writable,
     choose_device,
+    is_first,
     keyed_generator,
     provenance,
     run_script,
@@ -62,20 +63,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     import data
+    import distributed
     from checkpoint import load_generator
     from evaluation import RealDigits, proportional_labels
 
     # Load: the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
+    distributed.join(device)
     generators = {path: load_generator(path, device) for path in args.models}
     check_writable(args.out_dir)
     jobs = plan(args, generators)
     extractor = load_extractor(args, device)
     data_dir = args.data_dir or data.default_data_dir()
-    train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
+    with distributed.first_before_others():
+        train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
     target = train if args.n > len(test) else test
     origin = {"versions": provenance(), "extractor_sha256": extractor.sha256}
-    kept = KeptScores(args.out_dir / "scores.unfinished.pt", {**origin, "n": args.n, "device": str(device)})
+    devices = device.type if distributed.count() == 1 else f"{distributed.count()} x {device.type}"
+    kept = KeptScores(args.out_dir / "scores.unfinished.pt", {**origin, "n": args.n, "device": devices})
     seeds = range(args.seed, args.seed + args.seeds)
     missing = [job for job in jobs for seed in seeds if kept.key(job, seed) not in kept.scores]
     evaluations = args.n * sum(job.evaluations for job in missing)
@@ -84,11 +89,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # Real digits: the marks of the others
     reference = RealDigits(target, test, train, extractor)
-    table = Table(args, "mnist test" if target is test else "mnist train", device)
+    table = Table(args, "mnist test" if target is test else "mnist train", devices)
     score_real_digits(args, reference, table, train, target)
 
     # The models, with several seeds; where digits can be asked for, it is the reference's own labels
-    with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None) as bar:
+    with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None if is_first() else True) as bar:
         for job in jobs:
             for seed in seeds:
                 if kept.key(job, seed) in kept.scores:
@@ -101,8 +106,10 @@ def main(argv: list[str] | None = None) -> None:
             table.add(job.name, [kept.scores[kept.key(job, seed)] for seed in seeds], job.description)
 
     command = shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])])
-    table.write(args.out_dir, {"command": command, **origin})
-    kept.path.unlink(missing_ok=True)
+    if is_first():
+        table.write(args.out_dir, {"command": command, **origin})
+        kept.path.unlink(missing_ok=True)
+    distributed.leave()
 
 
 def load_extractor(args: argparse.Namespace, device):
@@ -212,32 +219,36 @@ class KeptScores:
         from checkpoint import write_tensors
 
         self.scores[self.key(job, seed)] = score
-        write_tensors(self.path, {"context": self.context, "scores": self.scores})
+        if is_first():
+            write_tensors(self.path, {"context": self.context, "scores": self.scores})
 
 
 def draw(job: Job, n: int, labels, rng, bar: tqdm):
     """Samples [n, 1, 28, 28] and what they cost: network evaluations per image, which move the bar, and images/s."""
+    import distributed
+
     sizes: list[int] = []
     start = time.perf_counter()
 
     def count(module, inputs, output) -> None:
         sizes.append(len(output))
-        bar.update(len(output))
+        bar.update(len(output) * distributed.count())
 
     hook = job.generator.register_forward_hook(count)
     try:
-        samples = job.generator.sample(n, labels, rng, **job.options).cpu()  # waits for the device
+        samples = distributed.sample(job.generator, n, labels, rng, **job.options).cpu()  # waits for the device
     finally:
         hook.remove()
-    return samples, {"evaluations": sum(sizes) / n, "images_per_second": n / (time.perf_counter() - start)}
+    seconds = time.perf_counter() - start
+    return samples, {"evaluations": distributed.total(sum(sizes)) / n, "images_per_second": n / seconds}
 
 
 class Table:
     """The rows of metrics.csv and metrics_by_digit.csv. The row that is added as the floor is that of the later ratios."""
 
-    def __init__(self, args: argparse.Namespace, reference: str, device: object):
+    def __init__(self, args: argparse.Namespace, reference: str, device: str):
         self.protocol = {"n": args.n, "extractor": args.extractor, "reference": reference, "first_seed": args.seed,
-                         "device": str(device)}  # fmt: skip
+                         "device": device}  # fmt: skip
         self.rows: list[dict] = []
         self.digit_rows: list[dict] = []
         self.floor: dict | None = None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import distributed
 import metrics
 from checkpoint import FORMAT, MAX_MODEL_BYTES, file_sha256, has_format, load_model, read_tensors, write_tensors
 from data import NUM_CLASSES, Digits, load_digits, to_model_range, to_uint8
@@ -209,7 +210,8 @@ class Scorer:
     def __call__(self, generator: nn.Module) -> dict[str, float]:
         """FID, its ratio to the floor, and inception score of `generator`'s samples; and how many digits there are among
         them (1 % of the samples each), and how varied they are (see `metrics.variety`), by which collapse shows."""
-        samples = generator.sample(self.n, self.labels, keyed_generator("cpu", self.seed, "scoring"), **self.options)
+        rng = keyed_generator("cpu", self.seed, "scoring")
+        samples = distributed.sample(generator, self.n, self.labels, rng, **self.options)
         features, probabilities = self.extractor(to_uint8(samples))
         gaussian, real = metrics.gaussian(features), self.reference.statistics
         fid = metrics.frechet_distance(gaussian, real.whole)

@@ -14,10 +14,19 @@ from torch import nn
 
 import callbacks
 import data
+import distributed
 from checkpoint import FORMAT, has_format, keep_previous, read_tensors
 from evaluation import Extractor, training_scorer
 from training import Callback, ProgressBar, StopSignals, TrainState, fit
-from utils import ExpectedError, Interrupted, choose_device, make_deterministic, provenance, resolve_precision
+from utils import (
+    ExpectedError,
+    Interrupted,
+    choose_device,
+    is_first,
+    make_deterministic,
+    provenance,
+    resolve_precision,
+)
 
 # What a resumed run may change; everything else is taken from the run that is continued.
 CHANGEABLE = {"epochs", "patience", "save_every", "device"}
@@ -54,6 +63,7 @@ class Experiment:
         elif args.dry_run:
             vars(args).update(DRY_RUN)
         self.args, self.device = args, choose_device(args.device)
+        distributed.join(self.device)
         self.precision = resolve_precision(args.precision, self.device)
         args.precision = self.precision
         sizes = SLOW_EVAL_SAMPLES if slow_sampling and self.device.type == "cpu" else EVAL_SAMPLES
@@ -61,8 +71,11 @@ class Experiment:
         if args.deterministic:
             make_deterministic()
         torch.manual_seed(args.seed)  # of the initial weights: all later randomness is keyed
-        self.digits = self._load_digits()
+        with distributed.first_before_others():
+            self.digits = self._load_digits()
         self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
+        if args.batch_size % distributed.count():
+            raise ExpectedError(f"--batch-size {args.batch_size} cannot be divided among {distributed.count()} processes")
 
     def _adopt_state(self, saved: dict) -> None:
         fresh = vars(TrainState())
@@ -138,13 +151,14 @@ class Experiment:
                 self.last.parent, files, args.save_every, {"flags": flags, "versions": provenance()}
             ),
         }
-        hooks = {name: hook for name, hook in hooks.items() if hook}
+        writers = {"gif", "watchdog", "log", "bar", "checkpoints"}
+        hooks = {name: hook for name, hook in hooks.items() if hook and (is_first() or name not in writers)}
         parts = {**networks, **optimizers, **hooks}
         header = {"format": FORMAT, "training": self.prefix, "flags": flags, "data_dir": args.data_dir}
         saver = callbacks.StateSaver(self.last, parts, header, signals)
         if self.saved:
             self._restore(parts)
-        else:
+        elif is_first():
             keep_previous(self.last)
             saver.save(self.state)  # from here on, --resume continues this run and no earlier one
 
@@ -156,7 +170,9 @@ class Experiment:
                 over = self.state.stop_reason or self.state.epoch >= args.epochs
                 hint = "The run was over." if over else f"To continue: {self._resume_line()}"
                 raise Interrupted(stop.signum, hint) from None
-        self._report(hooks)
+        distributed.leave()
+        if is_first():
+            self._report(hooks)
 
     def batches(self, epoch: int, start: int):
         """The batches of `epoch` from number `start` on, as `fit` asks for them."""
@@ -181,7 +197,9 @@ class Experiment:
             raise ExpectedError(f"{self.last} does not fit this version of the code ({error}); start a new run") from error
 
     def _resume_line(self) -> str:
-        line = ["python", sys.argv[0], "--resume", "--out-dir", str(self.out_dir)]
+        processes = distributed.count()
+        program = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
+        line = [*program, sys.argv[0], "--resume", "--out-dir", str(self.out_dir)]
         return shlex.join(line + (["--data-dir", self.args.data_dir] if self.args.data_dir else []))
 
     def _report(self, hooks: dict) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+import distributed
+
 
 class Guard:
     """Holds back an update of which the loss or the gradient is not finite.
@@ -30,6 +32,7 @@ class Guard:
     def update(self, loss: Tensor, *optimizers: torch.optim.Optimizer, clip: float = 0.0) -> Tensor:
         """Backward pass, clipping of the whole gradient to the norm `clip` (0: no bound), and step of fused `optimizers`.
 
+        Gradient and loss are averaged over the processes, if there are several: what is not finite in one, is so in all.
         Returns the loss, detached; nan where the update was held back.
 
         Raises:
@@ -42,6 +45,8 @@ class Guard:
         loss.backward()
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        loss = loss.detach()
+        distributed.average([loss, *(p.grad for p in parameters)])
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
         if clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm, foreach=True)
@@ -50,9 +55,13 @@ class Guard:
             optimizer.found_inf = 1 - good.float()  # a flag of torch.amp's: where it is 1, a fused step changes nothing
             optimizer.step()
         self._good = good if self._good is None else self._good & good
-        return torch.where(good, loss.detach(), torch.nan)
+        return torch.where(good, loss, torch.nan)
 
     def restore(self) -> None:
-        """Put the buffers back if an update was held back: at the end of a step."""
+        """Put the buffers back if an update was held back: at the end of a step.
+
+        Of several processes, each has seen its share of the batch: BatchNorm's statistics are averaged over them.
+        """
         for kept, buffer in zip(self._kept, self._buffers):
             buffer.copy_(torch.where(self._good, buffer, kept))
+        distributed.average([buffer for buffer in self._buffers if buffer.is_floating_point()])

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 
-def check_int(config: object, name: str, low: int, high: int) -> None:
-    """`ValueError` unless the field is an int in low..high: configs also come from files, which may ask for anything."""
-    value = getattr(config, name)
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{type(config).__name__}.{name} must be an integer in {low}..{high}, not {reprlib.repr(value)}")
+def check_int(config: object, name: str, low: int, high: int, step: int = 1) -> None:
+    """`ValueError` unless the field is an int in low..high, a multiple of `step`: configs also come from files, which may
+    ask for anything."""
+    value, kind = getattr(config, name), f"a multiple of {step}" if step > 1 else "an integer"
+    if type(value) is not int or not low <= value <= high or value % step:
+        raise ValueError(f"{type(config).__name__}.{name} must be {kind} in {low}..{high}, not {reprlib.repr(value)}")
 
 
 def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
@@ -22,6 +23,18 @@ def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {reprlib.repr(value)}")
+
+
+def check_option(name: str, value: object, choices: Collection[str]) -> None:
+    """`ValueError` unless an option of `sample` is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
+def check_bounds(name: str, value: float, high: float) -> None:
+    """`ValueError` unless an option of `sample` lies in 0..high."""
+    if not 0 <= value <= high:
+        raise ValueError(f"{name} must lie in 0..{high}, not {value}")
 
 
 @contextlib.contextmanager

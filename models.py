@@ -11,7 +11,6 @@ where the options are those that the class names in `SAMPLE_OPTIONS`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import diffusion
 from classifier import ClassifierConfig, DigitClassifier
-from interface import check_choice, check_int, check_request, evaluating
+from interface import check_bounds, check_choice, check_int, check_option, check_request, evaluating
 from unet import UNet
 from utils import autocast
 
@@ -125,7 +124,13 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, n: int, labels: Tensor | None = None, rng: torch.Generator | None = None, *, chunk_size: int = 500
+        self,
+        n: int,
+        labels: Tensor | None = None,
+        rng: torch.Generator | None = None,
+        *,
+        chunk_size: int = 500,
+        rows: slice = slice(None),
     ) -> Tensor:
         """Draw `n` images, float32 [n, 1, 28, 28] in [-1, 1], in eval mode.
 
@@ -133,6 +138,7 @@ class Generator(nn.Module):
             labels: int64 [n], the classes to draw; None draws them uniformly from `rng` where the model has classes.
             rng: CPU generator of all randomness; None uses torch's global one.
             chunk_size: images per forward pass; it bounds the memory and does not change the noise.
+            rows: which of the n images are computed and returned; they do not depend on it.
 
         Raises:
             ValueError: `n` < 1, labels for an unconditional model, of a wrong shape, or outside its classes.
@@ -142,10 +148,8 @@ class Generator(nn.Module):
         if labels is None and self.config.num_classes:
             labels = torch.randint(self.config.num_classes, (n,), generator=rng)
         with evaluating(self) as device:
-            if labels is None:
-                return torch.cat([self(chunk.to(device)) for chunk in z.split(chunk_size)])
-            chunks = zip(z.split(chunk_size), labels.split(chunk_size))
-            return torch.cat([self(chunk.to(device), classes.to(device)) for chunk, classes in chunks])
+            inputs = (tensor[rows].to(device).split(chunk_size) for tensor in (z, labels) if tensor is not None)
+            return torch.cat([self(*chunk) for chunk in zip(*inputs)])
 
 
 class Discriminator(nn.Module):
@@ -212,9 +216,7 @@ class DDPMConfig:
     prediction: str = "v"
 
     def __post_init__(self):
-        check_int(self, "width", 8, 128)
-        if self.width % 8:
-            raise ValueError(f"DDPMConfig.width must be a multiple of 8, not {self.width}")
+        check_int(self, "width", 8, 128, step=8)
         check_int(self, "num_classes", 0, 1000)
         check_int(self, "timesteps", 2, 100_000)
         check_choice(self, "schedule", diffusion.SCHEDULES)
@@ -247,6 +249,7 @@ class DDPM(nn.Module):
         label_dropout: float = 0.0,
         time_power: float = 1.0,
         expected: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
+        rows: slice = slice(None),
     ) -> Tensor:
         """Mean squared error of the prediction, scalar, for images [B, 1, 28, 28] in [-1, 1] and labels [B].
 
@@ -255,6 +258,7 @@ class DDPM(nn.Module):
             label_dropout: the share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1).
             time_power: how the times are distributed, see `diffusion.stratified_times`.
             expected: (x_t, x0, labels or null, alpha, sigma) -> the x0 to aim at instead, see denoising.StableTargets.
+            rows: of the batch, those that count; the randomness of the others is drawn all the same.
         """
         time = diffusion.stratified_times(len(images), self.config.timesteps, rng, time_power)  # [B]
         alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
@@ -266,7 +270,8 @@ class DDPM(nn.Module):
         if expected:
             mean = expected(x, images, labels, alpha, sigma)
             images, eps = mean, eps + alpha / sigma * (images - mean)  # that mix to the same x
-        return F.mse_loss(self(x, time, labels), diffusion.target(self.config.prediction, images, eps, alpha, sigma))
+        target = diffusion.target(self.config.prediction, images, eps, alpha, sigma)
+        return F.mse_loss(self(x[rows], time[rows], labels[rows]), target[rows])
 
     def denoise(self, x: Tensor, level: diffusion.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
@@ -297,6 +302,7 @@ class DDPM(nn.Module):
         precision: str = "fp32",
         chunk_size: int = 125,
         watch: Callable[[Tensor, diffusion.Level], None] | None = None,
+        rows: slice = slice(None),
     ) -> Tensor:
         """Draw `n` images, float32 [n, 1, 28, 28] in [-1, 1], in eval mode.
 
@@ -312,6 +318,7 @@ class DDPM(nn.Module):
             chunk_size: images per forward pass; it bounds the memory.
             watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level: for pictures
                 of the denoising and for progress bars.
+            rows: which of the n images are computed and returned; they do not depend on it.
 
         Raises:
             ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
@@ -319,9 +326,7 @@ class DDPM(nn.Module):
         check_request(n, labels, self.config.num_classes, chunk_size)
         options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta, precision=precision)
         grid = diffusion.time_grid(self.levels, options["steps"])
-        draw = diffusion.SAMPLERS[sampler]
-        if options["eta"]:
-            draw = functools.partial(draw, eta=options["eta"])
+        draw, renewed = diffusion.SAMPLERS[sampler], {"eta": options["eta"]} if options["eta"] else {}
         if labels is None:
             labels, guidance = torch.full((n,), self.config.num_classes), 1.0
         noise = torch.randn(n, 1, 28, 28, generator=rng)
@@ -331,14 +336,15 @@ class DDPM(nn.Module):
             labels = labels.to(device)
 
             def denoise(x: Tensor, level: diffusion.Level) -> Tensor:
-                parts = []
-                for images, classes in zip(x.split(chunk_size), labels.split(chunk_size)):
+                clean = torch.zeros_like(x)  # the samplers treat each image alone, so the other rows may be anything
+                chunks = (tensor[rows].split(chunk_size) for tensor in (x, labels, clean))
+                for images, classes, estimate in zip(*chunks):
                     if watch:
                         watch(images, level)
-                    parts.append(self.denoise(images, level, classes, guidance))
-                return torch.cat(parts)
+                    estimate.copy_(self.denoise(images, level, classes, guidance))
+                return clean
 
-            return draw(denoise, noise.to(device), grid, torch.Generator(device).manual_seed(step_seed))
+            return draw(denoise, noise.to(device), grid, torch.Generator(device).manual_seed(step_seed), **renewed)[rows]
 
     def sample_options(
         self,
@@ -350,22 +356,18 @@ class DDPM(nn.Module):
         precision: str = "fp32",
     ) -> dict[str, str | int | float]:
         """The options of `sample` with the defaults filled in; errors as there."""
-        if sampler not in diffusion.SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(diffusion.SAMPLERS)}, not {sampler!r}")
+        check_option("sampler", sampler, diffusion.SAMPLERS)
+        check_option("precision", precision, PRECISIONS)
         if steps is None:
             steps = self.config.timesteps if sampler == "ddpm" else min(DEFAULT_STEPS, self.config.timesteps)
         if type(steps) is not int or not 1 <= steps <= self.config.timesteps:
             raise ValueError(f"steps must be an integer in 1..{self.config.timesteps}, the timesteps, not {steps!r}")
-        if not 0 <= guidance <= MAX_GUIDANCE:
-            raise ValueError(f"guidance must lie in 0..{MAX_GUIDANCE}, not {guidance}")
+        check_bounds("guidance", guidance, MAX_GUIDANCE)
         if guidance != 1 and not self.config.num_classes:
             raise ValueError("guidance has no classes to go by in an unconditional model")
         if eta is None:
             eta = DEFAULT_ETA if sampler == "dpm-solver++" else 0.0
-        if not 0 <= eta <= MAX_ETA[sampler]:
-            raise ValueError(f"eta must lie in 0..{MAX_ETA[sampler]} for {sampler}, not {eta}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, not {precision!r}")
+        check_bounds(f"eta of {sampler}", eta, MAX_ETA[sampler])
         return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta, "precision": precision}
 
 
@@ -391,7 +393,7 @@ def build(name: str, **config) -> nn.Module:
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
     config_class, network = MODELS[name]
-    known = {field.name for field in dataclasses.fields(config_class)}
-    if unknown := set(config) - known:
+    known = config_class.__dataclass_fields__.keys()
+    if unknown := config.keys() - known:
         raise ValueError(f"{name} has no option {', '.join(sorted(map(str, unknown)))}; it has {', '.join(sorted(known))}")
     return network(config_class(**config))

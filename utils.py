@@ -43,6 +43,11 @@ class Interrupted(BaseException):
         self.signum, self.hint = signum, hint
 
 
+def is_first() -> bool:
+    """Whether this process is the one of torchrun's that writes and speaks, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 130, 143 (argparse: 2)."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -57,7 +62,8 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         sys.exit(_error_line(ExpectedError("out of memory; lower --batch-size, --width or the number of samples")))
     except Interrupted as stop:
-        print(f"stopped by signal {stop.signum}. {stop.hint}".strip(), file=sys.stderr)
+        if is_first():
+            print(f"stopped by signal {stop.signum}. {stop.hint}".strip(), file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         print(f"stopped by signal {signal.SIGINT.value}.", file=sys.stderr)
@@ -71,7 +77,8 @@ def _interrupt(signum: int, _frame: object) -> None:
 
 
 def _error_line(error: Exception) -> int:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    if is_first():
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
     return 1
 
 
@@ -85,6 +92,8 @@ def choose_device(name: str = "auto") -> torch.device:
 
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes have a GPU each
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -96,6 +105,7 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type == "cpu":
         _keep_freed_memory()
     else:
+        torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: figures are compared across devices
     return device
 

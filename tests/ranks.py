@@ -1,0 +1,79 @@
+"""Not a test: what test_distributed.py starts as two processes, each of which checks what they have in common."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import pytest
+import torch
+from test_adversarial import make_step
+from test_models import small
+
+import distributed
+from utils import ExpectedError, is_first, keyed_generator
+
+
+def images(n: int) -> torch.Tensor:
+    return torch.rand(n, 1, 28, 28, generator=keyed_generator("cpu", "images")) * 2 - 1
+
+
+def check_what_is_told() -> None:
+    mine = 3 if is_first() else 5
+    assert distributed.count() == 2 and distributed.share(5) == (slice(0, 2) if is_first() else slice(2, 5))
+    assert distributed.largest(mine) == 5 and distributed.total(mine) == 8
+    assert distributed.of_first({"fid": mine}) == {"fid": 3}
+    assert torch.equal(distributed.gather(torch.arange(10).view(5, 2)[distributed.share(5)]), torch.arange(10).view(5, 2))
+    tensors = [torch.full((2, 3), float(mine)), torch.tensor(mine + 1.0, requires_grad=True)]
+    distributed.average(tensors)
+    assert (tensors[0] == 4).all() and tensors[1] == 5
+
+
+def check_samples() -> None:
+    for name in ("dcgan", "cdcgan", "ddpm"):
+        network = small(name).eval()
+        alone = network.sample(7, None, torch.Generator().manual_seed(0))
+        together = distributed.sample(network, 7, None, torch.Generator().manual_seed(0))
+        assert (alone - together).abs().max() < 1e-5, name
+
+
+def check_gan_steps() -> None:
+    """Both processes end with the same networks, statistics and losses, also after a bad batch in one of them."""
+    for name in ("dcgan", "cdcgan"):
+        for loss in ("bce", "hinge", "relativistic"):
+            torch.manual_seed(0)
+            step = make_step(loss, name)
+            losses = [step(images(8), torch.arange(8)) for _ in range(2)]
+            tensors = [*step.generator.state_dict().values(), *step.discriminator.state_dict().values()]
+            check_alike([*(value for row in losses for value in row.values()), *tensors])
+            before, bad = [tensor.clone() for tensor in tensors], images(8)
+            bad[0] = torch.nan  # of the first process's share
+            assert step(bad, torch.arange(8))["loss_d"].isnan()
+            kept = len(step.discriminator.state_dict())  # the generator, which saw no image, goes on where the loss has none
+            assert all(map(torch.equal, before[-kept:], [*step.discriminator.state_dict().values()]))
+            check_alike(tensors)
+
+
+def check_alike(tensors: list[torch.Tensor]) -> None:
+    mine = torch.cat([tensor.detach().flatten().double() for tensor in tensors])
+    first = torch.tensor(distributed.of_first(mine.tolist()), dtype=torch.float64)
+    assert torch.equal(mine, first)
+
+
+def main() -> None:
+    distributed.join(torch.device("cpu"))
+    check_what_is_told()
+    check_samples()
+    check_gan_steps()
+    if not is_first():
+        sys.exit()
+    with pytest.raises(ExpectedError, match="another of the 2 processes has ended"):
+        for _ in range(100):
+            distributed.largest(0)
+    print("all is well")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Trainings and evaluations of several processes: what two give is what one gives, but for rounding."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
+from test_models import small
+
+import distributed
+from checkpoint import read_tensors
+from utils import keyed_generator
+
+FLAGS = ["--dataset", "digits", "--batch-size", 128, "--width", 8, "--eval-samples", 100, "--device", "cpu"]
+DIFFUSION = [*FLAGS, "--limit", 768, "--steps", 2, "--lr-schedule", "constant", "--warmup-steps", 0]
+WEIGHT_ROUNDING = 2e-4  # of weights after twelve steps: sums of another order, which the optimizers magnify
+
+
+def torchrun(script: Path | str, *args: object, processes: int = 2, **options) -> subprocess.Popen:
+    """Start a script as several processes of one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, str(ROOT / script), *map(str, args)], cwd=ROOT, env=environment, **pipes, **options)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def train(folder: Path, processes: int, *args: object) -> None:
+    args = [*args, "--out-dir", folder]
+    if processes == 1:
+        result = run_process("train_diffusion.py", *args)
+        assert result.returncode == 0, result.stderr
+    else:
+        code, _, err = finish(torchrun("train_diffusion.py", *args, processes=processes))
+        assert code == 0, err
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The network and its average in a run's last state."""
+    parts = read_tensors(folder / "checkpoints" / "last_DIFF.pt")["parts"]
+    return {f"{part} {name}": value for part in ("model", "ema") for name, value in parts[part].items()}
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory) -> Path:
+    """The folder of two epochs by one process."""
+    folder = tmp_path_factory.mktemp("one")
+    train(folder, 1, *DIFFUSION, "--epochs", 2)
+    return folder
+
+
+@pytest.mark.parametrize("first, then", [(2, 1), (1, 2)])
+def test_twice_64_is_128_and_a_run_resumes_with_another_number_of_processes(first, then, by_one, tmp_path):
+    train(tmp_path, first, *DIFFUSION, "--epochs", 1)
+    train(tmp_path, then, "--resume", "--epochs", 2)
+    expected, found = weights(by_one), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    moved = [(found[name] - value).abs().max() for name, value in expected.items()]
+    assert max(moved) < WEIGHT_ROUNDING, max(moved)
+    log, other = (read_csv(folder / "reports" / "diffusion_training_log.csv") for folder in (by_one, tmp_path))
+    for row, like in zip(other, log):
+        assert row["images"] == like["images"]
+        for name in ("loss", "fid", "fid_asked"):
+            assert float(row[name]) == pytest.approx(float(like[name]), rel=1e-3)
+
+
+def test_processes_share_everything():
+    code, out, err = finish(torchrun("tests/ranks.py"))
+    assert code == 0 and "all is well" in out, err
+
+
+@pytest.mark.parametrize("script, prefix", [("train_gan.py", "GAN"), ("train_cgan.py", "CGAN")])
+def test_gans_train_on_two_and_stop_together(script, prefix, tmp_path):
+    process = torchrun(script, *FLAGS, "--epochs", 100000, "--no-early-stop", "--out-dir", tmp_path, start_new_session=True)
+    lines = [process.stdout.readline()]
+    assert lines[0].startswith("epoch 1/100000"), finish(process)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code != 0 and len(re.findall("stopped by signal 2", err)) == 1, err
+    assert f"torchrun --nproc-per-node=2 {ROOT / script} --resume --out-dir {tmp_path}" in err
+    saved = read_tensors(tmp_path / "checkpoints" / f"last_{prefix}.pt")["state"]
+    assert saved["epoch"] >= 1 and len(re.findall("^epoch", "".join(lines) + out, re.M)) == saved["epoch"]
+    code, out, err = finish(torchrun(script, "--resume", "--out-dir", tmp_path, "--epochs", saved["epoch"] + 1))
+    assert code == 0 and out.count("all epochs completed") == 1, err
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
+    code, _, err = finish(torchrun("train_gan.py", *FLAGS, "--batch-size", 129, "--epochs", 1, "--out-dir", tmp_path))
+    assert code != 0 and err.count("error: --batch-size 129 cannot be divided among 2 processes") == 1, err
+
+
+def test_an_evaluation_is_shared(mnist_dir, tmp_path):
+    args = ["--models", tiny_ddpm(tmp_path), "--n", 500, "--seeds", 2, "--steps", 2, "--device", "cpu", "--out-dir"]
+    assert run_process("evaluate.py", *args, tmp_path / "one").returncode == 0
+    code, out, err = finish(torchrun("evaluate.py", *args, tmp_path / "two"))
+    assert code == 0 and out.count("\nwrote") == 1, err
+    one, two = (read_csv(tmp_path / folder / "metrics.csv") for folder in ("one", "two"))
+    assert [row["device"] for row in two] == ["2 x cpu"] * len(one)
+    for row, like in zip(one, two):
+        for name in ("model", "repeats", "evaluations", "sha256"):
+            assert row[name] == like[name]
+        for name in ("fid", "is", "recall", "label_accuracy"):
+            assert row[name] == like[name] == "" or float(row[name]) == pytest.approx(float(like[name]), rel=1e-3, abs=1e-3)
+
+
+def test_without_torchrun_they_cannot_meet(tmp_path):
+    result = run_process("train_gan.py", *FLAGS, "--out-dir", tmp_path, WORLD_SIZE="2")
+    assert result.returncode == 1 and "cannot meet" in error_line(result.stderr)
+
+
+@pytest.mark.parametrize("name", ["dcgan", "cdcgan", "ddpm"])
+def test_rows_do_not_depend_on_which_are_drawn(name):
+    network = small(name)
+    whole, *parts = (network.sample(8, None, keyed_generator("cpu", 0), chunk_size=2, rows=rows)
+                     for rows in (slice(None), slice(0, 4), slice(4, 8)))  # fmt: skip
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_loss_is_the_mean_of_its_shares():
+    network, images, labels = small("ddpm"), torch.rand(8, 1, 28, 28), torch.arange(8)
+    losses = [network.loss(images, labels, keyed_generator("cpu", 0), 0.5, rows=rows)
+              for rows in (slice(None), slice(0, 4), slice(4, 8))]  # fmt: skip
+    assert losses[0] == pytest.approx(float(losses[1] + losses[2]) / 2, rel=1e-6)
+
+
+def test_of_one_process_nothing_is_asked():
+    assert distributed.count() == 1 and distributed.share(5) == slice(0, 5)
+    rows = torch.arange(3)
+    assert distributed.gather(rows) is rows and distributed.largest(2) == 2 == distributed.total(2)
