@@ -1,0 +1,117 @@
+"""How does a training's cost grow? Images/s and peak memory of each trainer over batch size, width and processes,
+and beside other work.
+
+Every figure is of the trainer itself, in a process of its own: three short epochs on a part of MNIST, of which the second
+is timed, the one without warming up and scoring. Several processes share the machine: on a CPU each gets its part of the
+cores, so that they gain nothing there. The other work is processes that keep a core busy each, which is where a training
+whose threads wait for each other could fall off a cliff. Results go to a table; do nothing else on the machine meanwhile.
+
+    python benchmarks/growth.py
+    python benchmarks/growth.py --trainers diffusion --widths 16 --processes 1 2
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import flags
+from utils import ExpectedError, run_script, write_csv
+
+WIDTHS = {"gan": 32, "cgan": 32, "diffusion": 16}  # the defaults
+SCRIPTS = {name: f"train_{name}.py" for name in WIDTHS}
+
+
+def main() -> None:
+    parser = flags.ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--trainers", nargs="+", choices=WIDTHS, default=[*WIDTHS], help="which to run")
+    flag("--batch-sizes", nargs="+", type=flags.positive_int, default=[32, 64, 128, 256], help="at the default width")
+    flag("--widths", nargs="+", type=flags.positive_int, default=[16, 32, 64], help="at batch 128")
+    flag("--processes", nargs="+", type=flags.positive_int, default=[1, 2], help="of torchrun, at batch 128")
+    flag("--busy", nargs="+", type=flags.natural, default=[0, 1], help="processes of other work, at batch 128")
+    flag("--images", type=flags.positive_int, default=5120, help="in each of the three epochs")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the trainings")
+    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--out", type=Path, default=Path("runs/growth.csv"), help="the table to write")
+    args = parser.parse_args()
+
+    rows: list[dict] = []
+    for trainer, width, batch, processes, busy in settings(args):
+        with others(busy):
+            rate, memory = measure(args, trainer, width, batch, processes)
+        rows.append({"trainer": trainer, "width": width, "batch_size": batch, "processes": processes, "busy": busy,
+                     "images_per_second": rate, "peak_memory_mb": memory})  # fmt: skip
+        print(f"{trainer:9s}  width {width:3d}  batch {batch:4d}  processes {processes}  busy others {busy}  "
+              f"{rate:7.0f} images/s  {memory:6.0f} MB at most in a process", flush=True)  # fmt: skip
+        write_csv(args.out, rows)
+    print(f"wrote {args.out}")
+
+
+def settings(args) -> Iterator[tuple[str, int, int, int, int]]:
+    """(trainer, width, batch size, processes, busy others), each once: one varied, the rest as they are by default."""
+    for trainer in args.trainers:
+        width = WIDTHS[trainer]
+        varied = [(width, batch, 1, 0) for batch in args.batch_sizes]
+        varied += [(other, 128, 1, 0) for other in args.widths]
+        varied += [(width, 128, processes, 0) for processes in args.processes]
+        varied += [(width, 128, 1, busy) for busy in args.busy]
+        yield from ((trainer, *setting) for setting in dict.fromkeys(varied))
+
+
+@contextlib.contextmanager
+def others(n: int) -> Iterator[None]:
+    """`n` processes that keep a core busy each."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple[float, float]:
+    """Images/s of the second epoch, and the largest resident memory of a process in MB."""
+    program = [sys.executable]
+    environment = dict(os.environ)
+    if processes > 1:
+        program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*program, str(ROOT / SCRIPTS[trainer]), "--limit", args.images, "--width", width, "--batch-size", batch,
+                   "--epochs", 3, "--eval-every", 3, "--eval-samples", 100, "--no-early-stop",
+                   "--precision", args.precision, "--device", args.device, "--out-dir", folder]  # fmt: skip
+        command += ["--steps", 1] if trainer == "diffusion" else []  # of the GIF's frames, which are not the question
+        command += ["--data-dir", args.data_dir] if args.data_dir else []
+        with tempfile.TemporaryFile("w+") as errors:
+            child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=errors, env=environment)
+            memory, failed = peak_memory(child)
+            if failed:
+                errors.seek(0)
+                raise ExpectedError(f"{SCRIPTS[trainer]} failed: {errors.read().strip().splitlines()[-1]}")
+        with (Path(folder) / "reports" / f"{trainer}_training_log.csv").open() as file:
+            first, second, _ = csv.DictReader(file)
+    images, seconds = (float(second[name]) - float(first[name]) for name in ("images", "seconds"))
+    return images / seconds, memory
+
+
+def peak_memory(child: subprocess.Popen) -> tuple[float, bool]:
+    """Wait for the child; the largest resident memory, in MB, of it and what it started; and whether it failed."""
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), child.returncode != 0
+
+
+if __name__ == "__main__":
+    run_script(main)
