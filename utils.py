@@ -124,28 +124,33 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """`auto` by a fixed rule: bf16 on a GPU that has it, fp32 elsewhere."""
     if name != "auto":
         return name
+    return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
+
+
+@functools.cache
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bf16, or (a CPU, to torch 2.10) does not tell."""
     import torch
 
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return not capabilities or any("bf16" in name and has for name, has in capabilities.items())
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Autocast to bfloat16 for `precision='bf16'`, a context that does nothing for `fp32`."""
     import torch
 
-    if precision == "bf16" and device.type == "cpu":
-        _warn_of_emulated_bf16()
+    if precision == "bf16" and not has_bf16(device):
+        _note_emulation(device.type)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 @functools.cache
-def _warn_of_emulated_bf16() -> None:
-    """Say once where this CPU has no bf16 instructions: emulated convolutions can take a hundred times as long."""
-    import torch
-
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 has no such function
-    if capabilities and not any("bf16" in name and has for name, has in capabilities.items()):
-        print("note: this CPU has no bf16 instructions: --precision fp32 can be many times faster", file=sys.stderr)
+def _note_emulation(kind: str) -> None:
+    """Say once that bf16 is slow here: on a CPU, an emulated convolution can take a hundred times as long."""
+    print(f"note: this {kind} has no bf16 instructions: --precision fp32 can be many times faster", file=sys.stderr)
 
 
 def make_deterministic() -> None:

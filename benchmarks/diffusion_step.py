@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import add_timing_flags, measure, report, size_of
+from timing import add_timing_flags, measure, precisions, report, size_of
 from torch.nn import functional as F
 
 import data
@@ -48,21 +48,20 @@ def main() -> None:
         rates |= measure(args, {"diffusers, fp32": their_loop(args, digits, "fp32")})
     device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", data_dir, device)
-    loops = {
-        f"diffusers, fp32{LIKE_OURS}": their_loop(args, digits, "fp32"),
-        f"diffusers, bf16{LIKE_OURS}": their_loop(args, digits, "bf16"),
-        "ours, fp32": our_loop(args, digits, "fp32", muon_lr=1e-4),
-        "ours, bf16": our_loop(args, digits, "bf16", muon_lr=1e-4),
-        "ours with Adam alone, fp32": our_loop(args, digits, "fp32", muon_lr=0),
-        "ours with Adam alone, bf16": our_loop(args, digits, "bf16", muon_lr=0),
-    }
+    loops = {}
+    for precision in precisions(device):
+        loops |= {
+            f"diffusers, {precision}{LIKE_OURS}": their_loop(args, digits, precision),
+            f"ours, {precision}": our_loop(args, digits, precision, muon_lr=1e-4),
+            f"ours with Adam alone, {precision}": our_loop(args, digits, precision, muon_lr=0),
+        }
     rates |= measure(args, loops)
 
     for name, network in (("ours", our_network(device)), ("diffusers", their_network(device))):
         parameters, gflop = size_of(network, device)
         print(f"{name}: {parameters:.3f} million parameters, {gflop:.3f} GFLOP forward")
     report(args, device, rates, "EMA, gradient clip and optimizer included")
-    for precision in ("fp32", "bf16"):
+    for precision in precisions(device):
         ours = statistics.median(rates[f"ours, {precision}"])
         theirs = statistics.median(rates[f"diffusers, {precision}{LIKE_OURS}"])
         print(f"ours / diffusers with our allocator settings, {precision}: {ours / theirs:.2f}")

@@ -6,6 +6,7 @@ python benchmarks/latency.py
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from timing import precisions
 
 import data
 import flags
@@ -60,8 +62,12 @@ def main() -> None:
         "infer.py (64 digits of each kind)": lambda: subprocess.run(
             [*infer_command, f"{scratch}/infer.png"], check=True, capture_output=True, cwd=ROOT
         ),
-        "500 diffusion digits, 15 evaluations, fp32": lambda: diffusion_model.sample(500, steps=15),
-        "500 diffusion digits, 15 evaluations, bf16": lambda: diffusion_model.sample(500, steps=15, precision="bf16"),
+        **{
+            f"500 diffusion digits, 15 evaluations, {precision}": functools.partial(
+                diffusion_model.sample, 500, steps=15, precision=precision
+            )
+            for precision in precisions(device)
+        },
         "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
         "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
         "  of that: features": lambda: extractor(images),

@@ -10,12 +10,19 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils import has_bf16
+
 
 def add_timing_flags(flag, positive_int) -> None:
     """The flags that `measure` reads."""
     flag("--batch-size", type=positive_int, default=128, help="images in a step")
     flag("--steps", type=positive_int, default=10, help="steps in a repeat")
     flag("--repeats", type=positive_int, default=5, help="timed repeats of each loop, after one to warm up")
+
+
+def precisions(device: torch.device) -> list[str]:
+    """What is worth timing: bf16 where the device has it."""
+    return ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
 
 
 def measure(args, loops: dict[str, Iterator]) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import add_timing_flags, measure, report
+from timing import add_timing_flags, measure, precisions, report
 from torch import nn
 
 import data
@@ -55,8 +55,7 @@ def main() -> None:
     device = choose_device(args.device)
     loops = {
         "plain loop, fp32, our allocator settings": plain_loop(args, device),
-        "ours, fp32, EMA": our_loop(args, device, "fp32"),
-        "ours, bf16, EMA": our_loop(args, device, "bf16"),
+        **{f"ours, {precision}, EMA": our_loop(args, device, precision) for precision in precisions(device)},
     }
     rates |= measure(args, loops)
 

@@ -143,9 +143,13 @@ def test_the_stem_is_a_transposed_convolution():
 
 @pytest.mark.parametrize("has_bf16, notes", [(True, 0), (False, 1)])
 def test_bf16_without_its_instructions_is_noted_once(monkeypatch, capsys, has_bf16, notes):
+    def forget():
+        utils.has_bf16.cache_clear()
+        utils._note_emulation.cache_clear()
+
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": has_bf16}, raising=False)
-    utils._warn_of_emulated_bf16.cache_clear()
+    forget()
     for precision in ("fp32", "bf16", "bf16"):
         utils.autocast(torch.device("cpu"), precision)
-    utils._warn_of_emulated_bf16.cache_clear()
+    forget()
     assert capsys.readouterr().err.count("no bf16 instructions") == notes
