@@ -15,7 +15,7 @@ from experiment import Experiment
 from guard import Guard
 from models import build
 from training import TrainState
-from utils import ExpectedError, autocast, keyed_generator
+from utils import UsageError, autocast, keyed_generator
 
 
 class GANLoss(NamedTuple):
@@ -166,13 +166,13 @@ def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str
     run = Experiment(args, prefix, title)
     loss = LOSSES[args.loss]
     if loss.penalty and args.compile == "on":
-        raise ExpectedError(f"--compile on has no double backward, which --loss {args.loss} needs; use --compile off")
+        raise UsageError(f"--compile on has no double backward, which --loss {args.loss} needs; use --compile off")
 
     try:
         generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
         discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
     except ValueError as error:
-        raise ExpectedError(f"{error}; choose another value") from error
+        raise UsageError(f"{error}; choose another value") from error
     networks = {"generator": generator, "discriminator": discriminator}
     for network in networks.values():
         network.to(run.device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU

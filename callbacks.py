@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import distributed
 import plots
-from checkpoint import keep_previous, save_model, write_tensors
-from data import NUM_CLASSES, to_uint8
+from checkpoint import save_model, write_tensors
+from data import IMAGE_SIZE, NUM_CLASSES, to_uint8
 from training import Callback, StopSignals, TrainState
 from utils import ExpectedError, Interrupted, is_first, keyed_generator, write_csv
 
@@ -177,17 +177,11 @@ class ScheduledLR(Callback):
 class CheckpointWriter(Callback):
     """Writes `best_<file>.pt` whenever the FID is the best so far and `<file>_epoch_<n>.pt` every `save_every` epochs.
 
-    `exports` maps the file part (such as `GAN_G`) to (model name, network). What an earlier run left under `best_` is
-    kept as `best_<file>.previous.pt`.
+    `exports` maps the file part (such as `GAN_G`) to (model name, network).
     """
 
     def __init__(self, folder: Path, exports: dict[str, tuple[str, nn.Module]], save_every: int, meta: dict):
         self.folder, self.exports, self.save_every, self.meta = folder, exports, save_every, meta
-
-    def on_start(self, state: TrainState) -> None:
-        if state.step == 0:
-            for file in self.exports:
-                keep_previous(self.folder / f"best_{file}.pt")
 
     def after_epoch(self, state: TrainState) -> None:
         if state.best_epoch == state.epoch + 1:
@@ -247,6 +241,9 @@ class ProgressGIF(Callback):
 
     def load_state_dict(self, saved: dict) -> None:
         self.frames = list(saved.get("frames", []))
+        blank = plots.image_grid(torch.zeros(self.n, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), self.columns)
+        if any(frame.shape != blank.shape or frame.dtype != torch.uint8 for frame in self.frames):
+            raise ValueError("the GIF's frames are of another size")
 
 
 def _fid(row: dict[str, float]) -> str:

@@ -23,11 +23,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from models import build
-from utils import ExpectedError, atomic_path
+from utils import ExpectedError, atomic_path, say
 
 FORMAT = 1
 MAX_MODEL_BYTES = 256 * 2**20  # far above every model of this project: bounds what a hostile file can allocate
 MAX_TRAINING_BYTES = 8 * 2**30
+MAX_DIRECTORY_BYTES = 2**20  # of the ZIP's list of members: ten thousand tensors
+MAX_PICKLE_BYTES = 2**25
+MAX_PICKLE_PARTS = 2 * 10**6  # the log of 30,000 epochs: read in seconds
 TENSOR_PARTS = re.compile(r"torch._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Za-z0-9]+Storage")
 PICKLE_PARTS = re.compile(  # of pickle's protocol 2, as torch.save writes it
     "PROTO|STOP|MARK|NONE|NEWTRUE|NEWFALSE|BININT[12]?|LONG1|BINFLOAT|BINUNICODE|EMPTY_(DICT|LIST|TUPLE)|SETITEMS?|APPENDS?|"
@@ -135,7 +138,7 @@ def keep_previous(path: Path) -> None:
         previous = path.with_suffix(f".previous{path.suffix}")
         with atomic_path(previous) as temporary:
             temporary.write_bytes(path.read_bytes())
-        print(f"this run will replace {path}; what is there is kept as {previous}", flush=True)
+        say(f"this run will replace {path}; what is there is kept as {previous}")
 
 
 def file_sha256(path: str | os.PathLike) -> str:
@@ -146,7 +149,8 @@ def file_sha256(path: str | os.PathLike) -> str:
 def _check_container(path: Path, max_bytes: int) -> None:
     """Refuse what torch.load would trust: compressed (hence possibly exploding) or oversized members, wrong CRCs, and a
     pickle of anything but tensors and primitives."""
-    with zipfile.ZipFile(path) as archive:
+    with _Bounded(path) as file, zipfile.ZipFile(file) as archive:
+        file.most = path.stat().st_size
         members = archive.infolist()
         if not members or min(member.header_offset for member in members) > 0:
             raise zipfile.BadZipFile("something stands before the archive, in which torch might read another one")
@@ -158,7 +162,20 @@ def _check_container(path: Path, max_bytes: int) -> None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         for member in members:
             if member.filename.endswith(".pkl"):
+                if member.file_size > MAX_PICKLE_BYTES:
+                    raise zipfile.BadZipFile("its description is too long")
                 _check_pickle(archive.read(member))
+
+
+class _Bounded(io.FileIO):
+    """A file that gives no more than `most` bytes at once: zipfile reads a list of members whole, however long it is."""
+
+    most = MAX_DIRECTORY_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self.most:
+            raise zipfile.BadZipFile("it has too many members")
+        return super().read(size)
 
 
 def _check_pickle(content: bytes) -> None:
@@ -168,8 +185,10 @@ def _check_pickle(content: bytes) -> None:
     repeat each other, which takes exponential time.
     """
     previous, tuples = "", set()
-    for opcode, argument, _ in pickletools.genops(content):
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         name = opcode.name
+        if number > MAX_PICKLE_PARTS:
+            raise pickle.UnpicklingError("it has too many parts")
         if not PICKLE_PARTS.fullmatch(name):
             raise pickle.UnpicklingError("it holds more than tensors and primitives")
         if name == "GLOBAL" and not TENSOR_PARTS.fullmatch(argument):
@@ -197,12 +216,16 @@ def _check_weights(expected: dict, weights: dict) -> None:
     if extra := sorted(map(str, weights.keys() - expected.keys())):
         raise ValueError(f"unknown weights: {', '.join(extra[:3])}")
     for key, like in expected.items():
-        value = weights[key]
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.shape != like.shape:
-            raise ValueError(f"weight {key} must be a tensor of shape {list(like.shape)}")
-        if value.is_floating_point() != like.is_floating_point():
-            raise ValueError(f"weight {key} has type {value.dtype}")
-        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
-            raise ValueError(f"weight {key} repeats its numbers")
-        if not torch.isfinite(value.to(like.dtype)).all():
-            raise ValueError(f"weight {key} is not finite")
+        check_tensor(f"weight {key}", like, weights[key])
+
+
+def check_tensor(name: str, like: torch.Tensor, value: object) -> None:
+    """`ValueError` unless `value` is a tensor of the shape and kind of `like`, with finite numbers of its own."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.shape != like.shape:
+        raise ValueError(f"{name} must be a tensor of shape {list(like.shape)}")
+    if value.is_floating_point() != like.is_floating_point() or value.is_complex():
+        raise ValueError(f"{name} has type {value.dtype}")
+    if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+        raise ValueError(f"{name} repeats its numbers")
+    if not torch.isfinite(value.to(like.dtype)).all():
+        raise ValueError(f"{name} is not finite")

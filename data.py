@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import ExpectedError, keyed_generator
+from utils import ExpectedError, UsageError, keyed_generator
 
 IMAGE_SIZE = 28
 NUM_CLASSES = 10
@@ -79,7 +79,8 @@ def load_digits(
         limit: keep this many random items (fixed by `seed`); 0 keeps all.
 
     Raises:
-        ExpectedError: a file is missing and cannot be downloaded, or is not the published one; `limit` is too large.
+        ExpectedError: a file is missing and cannot be downloaded, or is not the published one.
+        UsageError: `limit` is too large.
     """
     if split not in MNIST_FILES:
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
@@ -88,7 +89,7 @@ def load_digits(
     images, labels = _read_mnist(Path(data_dir), split) if name == "mnist" else _read_embedded_digits(split)
     digits = Digits(images.to(device), labels.to(device), name, split)
     if limit > len(digits):
-        raise ExpectedError(f"--limit {limit} is more than the {len(digits)} digits of {name}; leave it out to use all")
+        raise UsageError(f"--limit {limit} is more than the {len(digits)} digits of {name}; leave it out to use all")
     return digits.subset(limit, "limit", seed) if limit else digits
 
 
@@ -123,7 +124,7 @@ def epoch_batches(
     The last, incomplete batch is left out: batch statistics and step counts stay the same throughout an epoch.
 
     Raises:
-        ExpectedError: the data set is smaller than one batch.
+        UsageError: the data set is smaller than one batch.
     """
     count = batches_per_epoch(digits, batch_size)
     order = torch.randperm(len(digits), generator=keyed_generator("cpu", seed, "order", epoch)).to(digits.images.device)
@@ -132,11 +133,9 @@ def epoch_batches(
 
 
 def batches_per_epoch(digits: Digits, batch_size: int) -> int:
-    """Full batches in the data set; `ExpectedError` if there is none."""
+    """Full batches in the data set; `UsageError` if there is none."""
     if batch_size > len(digits):
-        raise ExpectedError(
-            f"--batch-size {batch_size} is more than the {len(digits)} training digits; choose a smaller one"
-        )
+        raise UsageError(f"--batch-size {batch_size} is more than the {len(digits)} training digits; choose a smaller one")
     return len(digits) // batch_size
 
 

@@ -17,7 +17,7 @@ from guard import Guard
 from models import DDPM, build
 from muon import Muon
 from training import TrainState
-from utils import ExpectedError, autocast, keyed_generator
+from utils import UsageError, autocast, keyed_generator
 
 DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
 
@@ -85,7 +85,7 @@ def train_ddpm(args: argparse.Namespace) -> None:
     try:
         model, optimizers, step = assemble(args, run.state, run.digits, run.precision)
     except ValueError as error:
-        raise ExpectedError(f"{error}; choose another value") from error
+        raise UsageError(f"{error}; choose another value") from error
     if args.init and not args.resume:
         args.init = load_weights(model, args.init)
     if not args.label_dropout:
@@ -140,10 +140,10 @@ def load_weights(model: DDPM, path: str) -> str:
     """Give `model` the weights of a checkpoint; returns the first digits of the file's SHA-256, to be recorded.
 
     Raises:
-        ExpectedError: the file holds another model, or one of another shape or kind.
+        UsageError: the file holds another model, or one of another shape or kind.
     """
     source = load_generator(path)
     if source.model_name != "ddpm" or source.config != model.config:
-        raise ExpectedError(f"--init {path} holds a {source.model_name} with {source.config}, and this is {model.config}")
+        raise UsageError(f"--init {path} holds a {source.model_name} with {source.config}, and this is {model.config}")
     model.load_state_dict(source.state_dict())
     return file_sha256(path)[:16]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from flags import ArgumentParser, add_sampling_flags, positive_int, sample_count, sampling_options, seed_number
+from flags import ArgumentParser, add_sampling_flags, sample_count, sampling_options, seed_count, seed_number
 from utils import (
     ExpectedError,
     check_writable,
@@ -37,7 +37,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--models", nargs="+", default=SHIPPED, help="generator checkpoints to score")
     flag("--n", type=sample_count, default=10_000, help="samples for each seed; also the size of the floor's subsets; above "
          "10000 the reference is the training set, and there is no floor")  # fmt: skip
-    flag("--seeds", type=positive_int, default=3, help="sampling seeds: figures are given as their mean and deviation")
+    flag("--seeds", type=seed_count, default=3, help="sampling seeds: figures are given as their mean and deviation")
     flag("--seed", type=seed_number, default=0, help="the first of the seeds")
     flag("--extractor", choices=("mnist", "inception"), default="mnist",
          help="mnist: the digit classifier that is shipped; inception: the network of published FIDs")  # fmt: skip
@@ -206,10 +206,18 @@ class KeptScores:
         self.scores: dict[str, tuple[dict, list[dict]]] = {}
         try:
             content = read_tensors(path) if path.exists() else {}
-        except ExpectedError:  # damaged: what was in it is measured again
-            content = {}
-        if content.get("context") == context and not context["versions"]["git"].endswith("-dirty"):
-            self.scores = content["scores"]
+            if content.get("context") == context and not context["versions"]["git"].endswith("-dirty"):
+                self.scores = {key: self._checked(score) for key, score in content["scores"].items()}
+        except (ExpectedError, TypeError, ValueError, KeyError, AttributeError, RuntimeError):
+            self.scores = {}  # damaged: what was in it is measured again
+
+    @staticmethod
+    def _checked(score: tuple[dict, list[dict]]) -> tuple[dict, list[dict]]:
+        """The score, if it is made of figures; else `ValueError`."""
+        figures, digits = score
+        if not all(type(value) is float for part in (figures, *digits) for value in part.values()) or "fid" not in figures:
+            raise ValueError("a score is not made of figures")
+        return score
 
     @staticmethod
     def key(job: Job, seed: int) -> str:

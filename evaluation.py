@@ -19,7 +19,7 @@ import metrics
 from checkpoint import FORMAT, MAX_MODEL_BYTES, file_sha256, has_format, load_model, read_tensors, write_tensors
 from data import NUM_CLASSES, Digits, load_digits, to_model_range, to_uint8
 from metrics import Estimate, Gaussian
-from utils import ExpectedError, keyed_generator
+from utils import ExpectedError, UsageError, keyed_generator
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 CLASSIFIER_SHA256 = "0721f5905ba150b02c92f010b7f543d1a8d15754b544f67b358196077fdc6b08"
@@ -258,7 +258,7 @@ def training_scorer(
     or against the training part of the embedded digits. A conditional model is asked for the training set's labels; with
     `two_way` it also draws without any."""
     if len(digits) < 2:
-        raise ExpectedError("one training digit has no statistics to compare with; give a larger --limit")
+        raise UsageError("one training digit has no statistics to compare with; give a larger --limit")
     shipped = digits.name == "mnist"
     reference = load_reference("train", extractor) if shipped else measure_reference(digits, extractor, (n,))
     any_digit = Scorer(extractor, reference, n, seed, None, options or {})

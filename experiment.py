@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
+import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,22 +16,23 @@ from torch import nn
 import callbacks
 import data
 import distributed
-from checkpoint import FORMAT, has_format, keep_previous, read_tensors
+import resuming
+from checkpoint import FORMAT, keep_previous
 from evaluation import Extractor, training_scorer
 from training import Callback, ProgressBar, StopSignals, TrainState, fit
 from utils import (
     ExpectedError,
     Interrupted,
+    UsageError,
     choose_device,
+    exclusive,
     is_first,
     make_deterministic,
     provenance,
     resolve_precision,
+    say,
 )
 
-# What a resumed run may change; everything else is taken from the run that is continued.
-CHANGEABLE = {"epochs", "patience", "save_every", "device"}
-UNRECORDED = {"data_dir", "out_dir", "given", "resume"}  # of this machine or this call, not of the run
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
 SLOW_EVAL_SAMPLES = {"mnist": 1_000, "digits": 700}  # of a model of many evaluations per image, on a CPU
 DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 100, "save_every": 1}
@@ -47,19 +49,17 @@ class Experiment:
     samples are scored on a CPU.
 
     Raises:
-        ExpectedError: bad data, device or batch size; nothing to resume, or flags that contradict the resumed run.
+        UsageError: a batch size that the data do not fill, or flags that contradict the resumed run.
+        ExpectedError: bad data or device; nothing to resume, or a file that is not what such a run leaves.
     """
 
     def __init__(self, args: argparse.Namespace, prefix: str, title: str, slow_sampling: bool = False):
         self.prefix, self.title, self.state = prefix, title, TrainState()
         self.out_dir = _out_dir(args, prefix)
         self.last = _last(self.out_dir, prefix)
-        self.saved = _read_last(self.last, prefix) if args.resume else None
+        self.saved = resuming.read_last(self.last, prefix) if args.resume else None
         if self.saved:
-            _adopt_flags(args, self.saved["flags"])
-            args.data_dir = args.data_dir or self.saved["data_dir"]
-            self._adopt_state(self.saved["state"])
-            self._check_unfinished(args)
+            self._adopt_flags(args)
         elif args.dry_run:
             vars(args).update(DRY_RUN)
         self.args, self.device = args, choose_device(args.device)
@@ -75,20 +75,36 @@ class Experiment:
             self.digits = self._load_digits()
         self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
         if args.batch_size % distributed.count():
-            raise ExpectedError(f"--batch-size {args.batch_size} cannot be divided among {distributed.count()} processes")
+            raise UsageError(f"--batch-size {args.batch_size} cannot be divided among {distributed.count()} processes")
+        if self.saved:
+            self._adopt_state(self.saved["state"])
+            self._check_unfinished()
+
+    def _adopt_flags(self, args: argparse.Namespace) -> None:
+        with self._doubting():
+            resuming.adopt_flags(args, self.saved)
 
     def _adopt_state(self, saved: dict) -> None:
-        fresh = vars(TrainState())
-        if set(saved) != {field.name for field in dataclasses.fields(TrainState)} or any(
-            type(value) is not type(fresh[name]) for name, value in saved.items()
-        ):
-            raise ExpectedError(f"{self.last} does not fit this version of the code; start a new run")
-        vars(self.state).update(saved)
+        with self._doubting():
+            resuming.adopt_state(self.state, saved, self.batches_per_epoch, self.args.batch_size)
 
-    def _check_unfinished(self, args: argparse.Namespace) -> None:
-        if self.state.stop_reason and "patience" not in args.given:
+    def _restore(self, parts: dict) -> None:
+        with self._doubting():
+            resuming.restore(parts, self.saved["parts"])
+
+    @contextlib.contextmanager
+    def _doubting(self) -> Iterator[None]:
+        """What does not fit in the file of the run to resume is refused in one line."""
+        try:
+            yield
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            what = " ".join(str(error).split())
+            raise ExpectedError(f"{self.last} does not fit this version of the code ({what}); start a new run") from error
+
+    def _check_unfinished(self) -> None:
+        if self.state.stop_reason and "patience" not in self.args.given:
             raise ExpectedError(f"this run has stopped: {self.state.stop_reason}; give a larger --patience to go on")
-        if self.state.epoch >= args.epochs:
+        if self.state.epoch >= self.args.epochs:
             raise ExpectedError(f"this run has completed its {self.state.epoch} epochs; give a larger --epochs to go on")
         self.state.stop_reason = ""
 
@@ -131,7 +147,7 @@ class Experiment:
             self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional, sample_options, two_way
         )
         shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
-        flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+        flags = resuming.recorded(args)
         files = {
             f"{self.prefix}_{suffix}".rstrip("_"): (name, sampled if network is model else network)
             for suffix, (name, network) in exports.items()
@@ -156,23 +172,33 @@ class Experiment:
         parts = {**networks, **optimizers, **hooks}
         header = {"format": FORMAT, "training": self.prefix, "flags": flags, "data_dir": args.data_dir}
         saver = callbacks.StateSaver(self.last, parts, header, signals)
-        if self.saved:
-            self._restore(parts)
-        elif is_first():
-            keep_previous(self.last)
-            saver.save(self.state)  # from here on, --resume continues this run and no earlier one
-
-        with signals:
-            try:
-                fit(train_step, self.batches, args.epochs, [*hooks.values(), saver], self.state)
-            except Interrupted as stop:
-                saver.save(self.state)
-                over = self.state.stop_reason or self.state.epoch >= args.epochs
-                hint = "The run was over." if over else f"To continue: {self._resume_line()}"
-                raise Interrupted(stop.signum, hint) from None
+        best = [self.last.parent / f"best_{file}.pt" for file in files]
+        with exclusive(self.last.with_name(f".{self.prefix}.lock")) if is_first() else contextlib.nullcontext():
+            self._begin(parts, saver, best)
+            with signals:
+                try:
+                    fit(train_step, self.batches, args.epochs, [*hooks.values(), saver], self.state)
+                except Interrupted as stop:
+                    saver.save(self.state)
+                    over = self.state.stop_reason or self.state.epoch >= args.epochs
+                    hint = "The run was over." if over else f"To continue: {self._resume_line()}"
+                    raise Interrupted(stop.signum, hint) from None
         distributed.leave()
         if is_first():
-            self._report(hooks)
+            self._report([*best, hooks["log"].path, hooks["gif"].path, self.last])
+
+    def _begin(self, parts: dict, saver: callbacks.StateSaver, best: list[Path]) -> None:
+        """Go on from what was saved; or keep what a new run will replace, and make it the one that is continued."""
+        if not self.saved:
+            if is_first():
+                for path in (*best, self.last):
+                    keep_previous(path)
+                saver.save(self.state)
+            return
+        self._restore(parts)
+        if self.state.best_epoch and not all(path.exists() for path in best):
+            say(f"{', '.join(map(str, best))}: not all there any more, so the best epoch from here on is written")
+            self.state.best_fid, self.state.best_epoch = math.inf, 0
 
     def batches(self, epoch: int, start: int):
         """The batches of `epoch` from number `start` on, as `fit` asks for them."""
@@ -189,30 +215,28 @@ class Experiment:
         total = args.epochs * self.batches_per_epoch if args.lr_schedule == "cosine" else None
         return callbacks.ScheduledLR(optimizers, args.warmup_steps, total)
 
-    def _restore(self, parts: dict) -> None:
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(self.saved["parts"][name])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            raise ExpectedError(f"{self.last} does not fit this version of the code ({error}); start a new run") from error
-
     def _resume_line(self) -> str:
         processes = distributed.count()
         program = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
-        line = [*program, sys.argv[0], "--resume", "--out-dir", str(self.out_dir)]
-        return shlex.join(line + (["--data-dir", self.args.data_dir] if self.args.data_dir else []))
+        line, folders = (
+            [*program, sys.argv[0], "--resume"],
+            {"--out-dir": str(self.out_dir), "--data-dir": self.args.data_dir},
+        )
+        for flag, folder in folders.items():
+            if folder:
+                line += [f"{flag}={folder}"] if folder.startswith("-") else [flag, folder]
+        return shlex.join(line)
 
-    def _report(self, hooks: dict) -> None:
+    def _report(self, files: list[Path]) -> None:
         state = self.state
-        print(f"done after {state.epoch} epochs and {state.seconds / 60:.1f} minutes: "
+        say(f"done after {state.epoch} epochs and {state.seconds / 60:.1f} minutes: "
               f"{state.stop_reason or 'all epochs completed'}")  # fmt: skip
         if state.best_epoch:
             ratio = state.log[state.best_epoch - 1]["fid_ratio"]
             floor = f", {ratio:.1f} times that of real digits" if ratio == ratio else ""  # nan: the floor is not known
-            print(f"best FID {state.best_fid:.3f} at epoch {state.best_epoch}{floor} ({self.args.eval_samples} samples, "
+            say(f"best FID {state.best_fid:.3f} at epoch {state.best_epoch}{floor} ({self.args.eval_samples} samples, "
                   "mnist extractor, against the training set)")  # fmt: skip
-        written = [hooks["checkpoints"].folder / f"best_{file}.pt" for file in hooks["checkpoints"].exports]
-        print("wrote", *written, hooks["log"].path, hooks["gif"].path, self.last, sep="\n  ")
+        say("wrote", *(f"  {path}" for path in files if path.exists()))
 
 
 def _out_dir(args: argparse.Namespace, prefix: str) -> Path:
@@ -232,26 +256,3 @@ def _out_dir(args: argparse.Namespace, prefix: str) -> Path:
 
 def _last(folder: Path, prefix: str) -> Path:
     return folder / "checkpoints" / f"last_{prefix}.pt"
-
-
-def _read_last(path: Path, prefix: str) -> dict:
-    if not path.exists():
-        raise ExpectedError(f"there is no run to resume: {path} does not exist; leave out --resume, or give its --out-dir")
-    saved = read_tensors(path)
-    if not has_format(saved, {"training", "flags", "data_dir", "state", "parts"}) or saved["training"] != prefix:
-        raise ExpectedError(f"{path} is not the state of a {prefix} training of format {FORMAT}; start a new run")
-    return saved
-
-
-def _adopt_flags(args: argparse.Namespace, flags: dict) -> None:
-    """Take the resumed run's flags; refuse a typed flag that contradicts them."""
-    if not isinstance(flags, dict) or set(flags) != set(vars(args)) - UNRECORDED:
-        raise ExpectedError("the run to resume has other flags than this version of the code; start a new run")
-    for name, value in flags.items():
-        typed = getattr(args, name)
-        if name in args.given and name in CHANGEABLE:
-            continue
-        if name in args.given and typed not in (value, "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise ExpectedError(f"{flag} {typed} differs from the resumed run's {value}; leave it out")
-        setattr(args, name, value)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
-from utils import ExpectedError
+from utils import UsageError, is_first
 
 
 def positive_int(text: str) -> int:
@@ -23,6 +25,11 @@ def natural(text: str) -> int:
 def seed_number(text: str) -> int:
     """argparse type: an integer that torch accepts as a seed."""
     return _number(text, int, lambda value: 0 <= value < 2**63, "an integer of at least 0 and below 2^63")
+
+
+def seed_count(text: str) -> int:
+    """argparse type: how often something is repeated with another seed."""
+    return _number(text, int, lambda value: 1 <= value <= 1000, "an integer in 1..1000")
 
 
 def sample_count(text: str) -> int:
@@ -91,9 +98,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, but that no value may be empty: an empty path would be this folder."""
+        if any(text == "" or re.fullmatch("--[a-z0-9-]+=", text) for text in (sys.argv[1:] if args is None else args)):
+            self.error("an argument is empty; leave it out, or give it a value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> None:
         """Leave with exit code 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, f"error: {message}; see {self.prog} --help\n" if is_first() else None)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -254,17 +267,17 @@ def sampling_options(args: argparse.Namespace, generator: Any, path: str) -> dic
     with which scripts draw digits on demand.
 
     Raises:
-        ExpectedError: it has no such option, or refuses its value.
+        UsageError: it has no such option, or refuses its value.
     """
     names = ("sampler", "steps", "eta", "precision", "guidance")
     typed = {name: vars(args)[name] for name in names if vars(args).get(name) is not None}
     if unknown := [f"--{name}" for name in typed if name not in generator.SAMPLE_OPTIONS]:
-        raise ExpectedError(f"{path} holds a {generator.model_name}, which has no {', '.join(unknown)}; leave it out")
+        raise UsageError(f"{path} holds a {generator.model_name}, which has no {', '.join(unknown)}; leave it out")
     if typed:
         try:
             generator.sample_options(**typed)
         except ValueError as error:
-            raise ExpectedError(f"{path} cannot be sampled in this way: {error}") from error
+            raise UsageError(f"{path} cannot be sampled in this way: {error}") from error
     if "guidance" in vars(args) and "guidance" in generator.SAMPLE_OPTIONS and generator.config.num_classes:
         typed.setdefault("guidance", DIGIT_GUIDANCE)
     return typed
@@ -288,5 +301,26 @@ def parse_training_args(
         if typed.warmup_steps:
             parser.error("--lr-schedule plateau has no warm-up; leave --warmup-steps out")
         args.warmup_steps = 0
-    args.given = sorted(name for name, value in vars(typed).items() if value is not None)
+    args.given, args.parser = sorted(name for name, value in vars(typed).items() if value is not None), parser
     return args
+
+
+def fits_flag(parser: argparse.ArgumentParser, name: str, value: object) -> bool:
+    """Whether `value` is one that the flag could have on the command line, or by default."""
+    action = next(action for action in parser._actions if action.dest == name)
+    if value is None or isinstance(action, argparse.BooleanOptionalAction):
+        return (value is None and action.default is None) or type(value) is bool
+    try:
+        return (
+            type(value) is str if not action.type and not action.choices else _parsed(action, value) == (type(value), value)
+        )
+    except (argparse.ArgumentTypeError, TypeError, ValueError):
+        return False
+
+
+def _parsed(action: argparse.Action, value: object) -> tuple[type, object]:
+    """Type and value of what the command line would make of the value's text."""
+    parsed = action.type(str(value)) if action.type else str(value)
+    if action.choices and parsed not in action.choices:
+        raise ValueError
+    return type(parsed), parsed

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from flags import ArgumentParser, add_sampling_flags, panel_count, sampling_options, seed_number
-from utils import ExpectedError, choose_device, keyed_generator, run_script
+from utils import UsageError, choose_device, keyed_generator, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     gan, diffusion = (load_generator(path, device) for path in (args.gan_model, args.diff_model))
     options = sampling_options(args, diffusion, args.diff_model)
     if args.denoising_gif and "watch" not in diffusion.SAMPLE_OPTIONS:
-        raise ExpectedError(
+        raise UsageError(
             f"{args.diff_model} holds a {diffusion.model_name}, which does not denoise; leave --denoising-gif out"
         )
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from flags import ArgumentParser, add_sampling_flags, panel_count, sampling_options, seed_number
-from utils import ExpectedError, choose_device, keyed_generator, run_script
+from utils import UsageError, choose_device, keyed_generator, run_script
 
 STRIP_COLUMNS = 20  # a longer strip goes on in a second row
 
@@ -63,13 +63,13 @@ def chosen_digits(choices: list[str | int], num_classes: int, model: str) -> lis
         ExpectedError: the model is unconditional, or lacks one of the digits.
     """
     if not num_classes:
-        raise ExpectedError(
+        raise UsageError(
             f"{model} is unconditional: no digit can be asked of it; give a conditional checkpoint (best_CGAN_G.pt, "
             "best_DIFF.pt), or use infer.py"
         )
     digits = set(range(num_classes)) if "all" in choices else set(choices)
     if missing := sorted(digit for digit in digits if digit >= num_classes):
-        raise ExpectedError(f"{model} has no digit {missing[0]}, only 0..{num_classes - 1}; ask for one of those")
+        raise UsageError(f"{model} has no digit {missing[0]}, only 0..{num_classes - 1}; ask for one of those")
     return sorted(digits)
 
 

@@ -65,7 +65,8 @@ def write_side_by_side(path: str | os.PathLike, panels: list[tuple[str, Tensor]]
     figure = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="constrained")
     for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         axes.imshow(image_grid(images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title, fontsize=11, parse_math=False)  # a file may be called $x$
+        title = title.encode(errors="replace").decode()  # a file's name may be any bytes,
+        axes.set_title(title, fontsize=11, parse_math=False)  # and hold a $
         axes.set_axis_off()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", metadata={"Software": None})

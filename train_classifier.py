@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import flags
-from utils import ExpectedError, autocast, choose_device, keyed_generator, provenance, resolve_precision, run_script
+from utils import UsageError, autocast, choose_device, keyed_generator, provenance, resolve_precision, run_script
 
 HELD_OUT = 5_000  # training digits that select the epoch; the test digits are only reported
 DRY_RUN_DIGITS = 1_280
@@ -67,6 +67,7 @@ def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path
 
     import data
     from callbacks import EMA
+    from guard import Guard
     from models import build
     from training import TrainState, fit
 
@@ -83,23 +84,23 @@ def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path
     try:
         network = build("classifier", width=args.width).to(device, memory_format=torch.channels_last)
     except ValueError as error:
-        raise ExpectedError(f"{error}; choose another --width") from error
+        raise UsageError(f"{error}; choose another --width") from error
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02, fused=True)
     steps = max(10, args.epochs * data.batches_per_epoch(train, args.batch_size))  # OneCycleLR divides by fewer
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)
-    average, state = EMA(network, decay=0.999), TrainState()
+    average, state, guard = EMA(network, decay=0.999), TrainState(), Guard(network)
 
     def train_step(images, labels):
         rng = keyed_generator("cpu", args.seed, "augment", state.step)
         images = augment(images, rng).contiguous(memory_format=torch.channels_last)
         torch.manual_seed(args.seed + state.step)  # of the dropout
+        guard.keep()
         with autocast(device, precision):
             loss = F.cross_entropy(network(images).float(), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        loss = guard.update(loss, optimizer)
+        guard.restore()
         schedule.step()
-        return {"loss": loss.detach()}
+        return {"loss": loss}
 
     def batches(epoch: int, start: int):
         return data.epoch_batches(train, args.batch_size, args.seed, epoch, start)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from utils import ExpectedError, Interrupted
+from utils import ExpectedError, Interrupted, say
 
 
 @dataclasses.dataclass
@@ -63,8 +63,8 @@ class TrainState:
             for i, loss in enumerate(torch.stack([losses[name] for losses in steps]).tolist()):
                 if not math.isfinite(loss):
                     raise ExpectedError(
-                        f"{name} or its gradient is not finite at step {self.step - len(steps) + i + 1}; the files on disk "
-                        "hold the last good state: lower --lr, then start again"
+                        f"{name} or its gradient is not finite at step {self.step - len(steps) + i + 1}; what has been "
+                        "written is the last good state: lower --lr, then start again"
                     )
                 self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss
         return {name: total / self.batch for name, total in self.loss_sums.items()}
@@ -144,7 +144,8 @@ def fit(
 class StopSignals:
     """SIGINT and SIGTERM, held back until the training is at rest, or served at once within `at_once()`.
 
-    A second SIGINT ends the process at once, the Python way; a second SIGTERM (some tools send two) changes nothing.
+    A second SIGINT ends the process at once, also within a long step; a second SIGTERM (some tools send two) changes
+    nothing.
     """
 
     def __init__(self):
@@ -163,10 +164,9 @@ class StopSignals:
 
     def _handle(self, signum: int, _frame: object) -> None:
         if self.received:
-            if signum == signal.SIGINT:
-                raise KeyboardInterrupt
             return
         self.received = signum
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the system serves the next one, without waiting for Python
         if self._immediate:
             raise Interrupted(signum)
 
@@ -196,7 +196,7 @@ class ProgressBar(Callback):
 
         self.bar = tqdm(
             total=self.total_images, initial=state.images, unit="img", unit_scale=True, smoothing=0, dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr and sys.stderr.isatty()),
         )  # fmt: skip
         self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
         self.fetched = time.perf_counter()
@@ -213,8 +213,8 @@ class ProgressBar(Callback):
             state.tick()
             rate = state.images / state.seconds
             left = datetime.timedelta(seconds=round((self.total_images - state.images) / rate))
-            print(f"epoch {state.epoch + 1}/{self.epochs}  {self._figures(state, state.row)}  "
-                  f"{rate:.0f} img/s  {left} left", flush=True)  # fmt: skip
+            say(f"epoch {state.epoch + 1}/{self.epochs}  {self._figures(state, state.row)}  "
+                f"{rate:.0f} img/s  {left} left")  # fmt: skip
 
     def on_end(self, state: TrainState) -> None:
         if self.bar is not None:

@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     import torch
 
 
+AGAIN = "Nothing is half written: to go on, give the same command again."
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in torch's messages
 
 
 class ExpectedError(Exception):
     """A failure that the user can mend: shown as one line `error: what, and what to do`, exit code 1, no traceback."""
+
+
+class UsageError(ExpectedError):
+    """An argument that the command line takes, and that cannot be used: the same line, exit code 2."""
 
 
 class Interrupted(BaseException):
@@ -51,6 +56,9 @@ def is_first() -> bool:
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 130, 143 (argparse: 2)."""
     previous = signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     try:
         main()
     except ExpectedError as error:
@@ -63,10 +71,10 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(_error_line(ExpectedError("out of memory; lower --batch-size, --width or the number of samples")))
     except Interrupted as stop:
         if is_first():
-            print(f"stopped by signal {stop.signum}. {stop.hint}".strip(), file=sys.stderr)
+            print(f"stopped by signal {stop.signum}. {stop.hint or AGAIN}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
-        print(f"stopped by signal {signal.SIGINT.value}.", file=sys.stderr)
+        print(f"stopped by signal {signal.SIGINT.value}. {AGAIN}", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -76,17 +84,25 @@ def _interrupt(signum: int, _frame: object) -> None:
     raise Interrupted(signum)
 
 
+def say(*lines: object) -> None:
+    """Print progress; where nobody reads it any more (a closed pipe), the work goes on."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _error_line(error: Exception) -> int:
     if is_first():
         print("error:", " ".join(str(error).split()), file=sys.stderr)
-    return 1
+    return 2 if isinstance(error, UsageError) else 1
 
 
 def choose_device(name: str = "auto") -> torch.device:
     """The torch device called `name`; `auto` is the GPU where there is one, else the CPU.
 
     Raises:
-        ExpectedError: the device does not exist on this machine.
+        UsageError: the device does not exist on this machine.
     """
     import torch
 
@@ -101,7 +117,7 @@ def choose_device(name: str = "auto") -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
-        raise ExpectedError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
+        raise UsageError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
     if device.type == "cpu":
         _keep_freed_memory()
     else:
@@ -181,13 +197,16 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     A reader (or a run that is killed) sees the whole old file or the whole new one. Permissions follow the umask. What
     killed processes left of their own attempts is swept away.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.{os.getpid()}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    wanted, path = path, Path(os.path.realpath(path))  # a link stays one
+    if path.exists() and not path.is_file():
+        raise ExpectedError(f"cannot write {wanted}, which is no ordinary file; choose another name")
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        handle, name = tempfile.mkstemp(prefix=f"{_prefix(path)}{os.getpid()}.", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp made it private
@@ -196,9 +215,38 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise ExpectedError(f"cannot write {path} ({error.strerror or error}); its previous version is kept") from error
+        raise ExpectedError(f"cannot write {wanted} ({error.strerror or error}); its previous version is kept") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, which is gone afterwards: of two runs that write the same files, the second is refused.
+
+    Raises:
+        ExpectedError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # a system without such locks
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        with contextlib.suppress(OSError):  # a file system without them
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                free = os.fstat(file.fileno()).st_nlink > 0  # else its last holder has just removed it
+            except BlockingIOError:
+                free = False
+            if not free:
+                raise ExpectedError(f"another training is writing to {path.parent}; wait for it, or give another --out-dir")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def check_writable(folder: str | os.PathLike) -> None:
@@ -214,9 +262,14 @@ def check_writable(folder: str | os.PathLike) -> None:
         raise ExpectedError(f"cannot write in {folder} ({error.strerror or error}); choose another folder") from error
 
 
+def _prefix(path: Path) -> str:
+    """What the names of temporary files for `path` begin with: short enough for any file system."""
+    return f".{path.stem[:100]}."
+
+
 def _sweep(path: Path) -> None:
     """Remove the temporary files for `path` of processes that are gone."""
-    prefix = f".{path.stem}."
+    prefix = _prefix(path)
     for left in path.parent.glob(f"{glob.escape(prefix)}*{glob.escape(path.suffix)}"):
         pid = left.name.removeprefix(prefix).split(".")[0]
         if pid.isdecimal() and not _is_another_running(int(pid)):

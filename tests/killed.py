@@ -1,13 +1,16 @@
-"""Not a test: a trainer that test_resume.py starts, and that sends itself a signal at the n-th visit of a place.
+"""Not a test: a trainer that test_resume.py starts, and that sends itself a signal at the n-th visit of a place; with
+"twice", it gets two SIGINT in a call that keeps Python busy for minutes.
 
 python tests/killed.py SIGKILL PLACE N train_gan.py [its flags]
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -32,7 +35,7 @@ PLACES = {
 }
 
 
-def deadly(function: Callable, visits: int, signum: int) -> Callable:
+def deadly(function: Callable, visits: int, signum: str) -> Callable:
     """The function, which on its last visit sends the signal; of what it was to write, half is written before."""
     count = 0
 
@@ -43,7 +46,13 @@ def deadly(function: Callable, visits: int, signum: int) -> Callable:
             if function.__name__ == "write_bytes":
                 function(args[0], args[1][: len(args[1]) // 2])
             print("signal at", time.time(), flush=True)
-            os.kill(os.getpid(), signum)
+            if signum == "twice":
+                command = f"sleep 0.3; kill -INT {os.getpid()}"
+                subprocess.Popen(["sh", "-c", f"kill -INT {os.getpid()}; {command}"])
+                time.sleep(0.2)
+                ctypes.CDLL(None).sleep(60)  # as a slow step: no Python until it is over
+                return function(*args, **options)
+            os.kill(os.getpid(), signal.Signals[signum])
         return function(*args, **options)
 
     return visited
@@ -52,7 +61,7 @@ def deadly(function: Callable, visits: int, signum: int) -> Callable:
 def main() -> None:
     signum, place, visits, script, *sys.argv[1:] = sys.argv[1:]
     for owner, name in PLACES[place]:
-        setattr(owner, name, deadly(getattr(owner, name), int(visits), signal.Signals[signum]))
+        setattr(owner, name, deadly(getattr(owner, name), int(visits), signum))
     sys.argv[0] = script
     runpy.run_path(str(ROOT / script), run_name="__main__")
 

@@ -9,8 +9,11 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -158,7 +161,7 @@ def test_resuming_says_what_it_cannot_do(whole_run, trainer, tmp_path, run):
     assert "no run to resume" in error_line(run(trainer.script, "--resume", "--out-dir", tmp_path)[2])
     assert "larger --epochs" in error_line(run(trainer.script, "--resume", "--out-dir", whole_run)[2])
     code, _, err = run(trainer.script, "--resume", "--out-dir", whole_run, "--width", 16)
-    assert code == 1 and "--width 16 differs" in error_line(err)
+    assert code == 2 and "--width 16 differs" in error_line(err)
 
 
 def test_resume_alone_continues_the_last_run(run, tmp_path, monkeypatch):
@@ -178,33 +181,202 @@ def test_resume_alone_continues_the_last_run(run, tmp_path, monkeypatch):
     assert read_tensors(folder / "last_GAN.pt")["state"]["step"] == 1
 
 
-HOSTILE_STATES = [
-    {"flags": 5},
-    {"flags": {}},
-    {"state": {}},
-    {"state": lambda state: state | {"epoch": "x"}},
-    {"state": lambda state: state | {"log": 5}},
-    {"parts": {}},
-    {"parts": lambda parts: parts | {"lr": 5}},
-    {"parts": lambda parts: parts | {"lr": {"state": {0: 5}, "param_groups": []}}},
-    {"parts": lambda parts: parts | {"ema": {"x": torch.zeros(3)}}},
-    {"parts": lambda parts: parts | {"early_stopping": []}},
-]
+def test_the_same_seed_gives_the_same_files(whole_run, trainer, tmp_path, run):
+    assert run(trainer.script, *trainer.flags, "--out-dir", tmp_path)[0] == 0
+    names = [f"checkpoints/best_{export}.pt" for export in trainer.exports] + [f"samples/{trainer.title}_progress.gif"]
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (whole_run / name).read_bytes()
+    assert log_rows(tmp_path, trainer) == log_rows(whole_run, trainer)
+    assert same(training_file(tmp_path, trainer), training_file(whole_run, trainer))
 
 
-@pytest.mark.parametrize("changes", HOSTILE_STATES)
-def test_a_state_that_does_not_fit_is_refused(changes, whole_run, trainer, tmp_path, run):
+def test_a_new_run_keeps_what_it_replaces_however_often_it_is_resumed(trainer, tmp_path, run):
+    """Stopped before its first step and after its first best epoch was written: an older run's best is still there."""
+    for export in trainer.exports:
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        (tmp_path / "checkpoints" / f"best_{export}.pt").write_text("an older run")
+    args = ["--out-dir", tmp_path]
+    result = run_process("tests/killed.py", "SIGKILL", "step", 1, trainer.script, *trainer.flags, *args)
+    assert result.returncode == -signal.SIGKILL and "kept as" in result.stdout, result.stderr
+    result = run_process("tests/killed.py", "SIGKILL", "renaming", 3, trainer.script, "--resume", *args)
+    assert result.returncode == -signal.SIGKILL
+    assert run(trainer.script, "--resume", *args)[0] == 0
+    for export in trainer.exports:
+        assert (tmp_path / "checkpoints" / f"best_{export}.previous.pt").read_text() == "an older run"
+        assert load_model(tmp_path / "checkpoints" / f"best_{export}.pt")
+
+
+def test_a_best_file_that_was_deleted_is_written_again(whole_run, trainer, tmp_path, run):
+    folder = tmp_path / "run"
+    shutil.copytree(whole_run, folder)
+    best = folder / "checkpoints" / f"best_{trainer.exports[0]}.pt"
+    best.unlink()
+    code, out, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
+    assert code == 0 and f"{best}: not all there" in out.replace(",", ":", 1).replace(f"{best},", f"{best}:"), err
+    assert load_generator(best).meta["epoch"] == 4
+
+
+def test_two_runs_cannot_write_the_same_files(trainer, tmp_path, run, monkeypatch):
+    """The second one is refused while the first one trains."""
+    outcomes, step = [], trainer.step.__call__
+
+    def stepping(self, *args):
+        if not outcomes:
+            outcomes.append("running")
+            outcomes.append(run_process(trainer.script, *trainer.flags, "--out-dir", tmp_path))
+        return step(self, *args)
+
+    monkeypatch.setattr(trainer.step, "__call__", stepping)
+    code, _, err = run(trainer.script, *trainer.flags, "--epochs", 1, "--out-dir", tmp_path)
+    assert code == 0, err
+    assert outcomes[1].returncode == 1 and "another training is writing to" in error_line(outcomes[1].stderr)
+    assert not list(tmp_path.rglob(".*"))
+
+
+def with_state(**changes):
+    return lambda content: content["state"].update(changes)
+
+
+def with_flag(**changes):
+    return lambda content: content["flags"].update(changes)
+
+
+def with_part(name, value):
+    return lambda content: content["parts"].update({name: value})
+
+
+def with_log(change):
+    return lambda content: change(content["state"]["log"])
+
+
+def with_adam(change):
+    """Change what Adam keeps of its first parameter."""
+    return lambda content: change(content["parts"]["lr"]["state"][0])
+
+
+def with_options(**changes):
+    return lambda content: content["parts"]["lr"]["param_groups"][0].update(changes)
+
+
+def with_weight(change):
+    def apply(content):
+        name = next(name for name in ("generator", "model") if name in content["parts"])
+        key = next(key for key, value in content["parts"][name].items() if value.is_floating_point())
+        content["parts"][name][key] = change(content["parts"][name][key])
+
+    return apply
+
+
+HOSTILE_STATES = {
+    "state 5": lambda content: content.update(state=5),
+    "state [[1]]": lambda content: content.update(state=[[1]]),
+    "no state": lambda content: content.update(state={}),
+    "epoch x": with_state(epoch="x"),
+    "epoch -1": with_state(epoch=-1),
+    "epoch 2 of 3": with_state(epoch=2),
+    "batch 10^9": with_state(batch=10**9),
+    "batch -1": with_state(batch=-1),
+    "step 7": with_state(step=7),
+    "images 1": with_state(images=1),
+    "seconds nan": with_state(seconds=math.nan),
+    "seconds -1": with_state(seconds=-1.0),
+    "best epoch 99": with_state(best_epoch=99),
+    "best epoch -1": with_state(best_epoch=-1),
+    "best fid nan": with_state(best_fid=math.nan),
+    "best fid -5": with_state(best_fid=-5.0),
+    "losses x": with_state(loss_sums={"loss_d": "x"}),
+    "log 5": with_state(log=5),
+    "log [5]": with_state(log=[5, 5, 5]),
+    "log empty rows": with_state(log=[{}, {}, {}]),
+    "log shorter": with_log(lambda log: log.pop()),
+    "log fid x": with_log(lambda log: log[0].update(fid="x")),
+    "log without fid": with_log(lambda log: [row.pop("fid") for row in log]),
+    "log without ratio": with_log(lambda log: [row.pop("fid_ratio") for row in log]),
+    "log with a tensor": with_log(lambda log: log[0].update(fid=torch.zeros(3))),
+    "flags 5": lambda content: content.update(flags=5),
+    "no flags": lambda content: content.update(flags={}),
+    "data dir 5": lambda content: content.update(data_dir=5),
+    "batch size 0": with_flag(batch_size=0),
+    "batch size x": with_flag(batch_size="x"),
+    "batch size True": with_flag(batch_size=True),
+    "seed x": with_flag(seed="x"),
+    "seed 2^70": with_flag(seed=2**70),
+    "seed -1": with_flag(seed=-1),
+    "lr x": with_flag(lr="x"),
+    "lr nan": with_flag(lr=math.nan),
+    "lr -1": with_flag(lr=-1.0),
+    "lr 1": with_flag(lr=1),
+    "ema decay 7": with_flag(ema_decay=7.0),
+    "ema 3": with_flag(ema=3),
+    "dataset foo": with_flag(dataset="foo"),
+    "limit -1": with_flag(limit=-1),
+    "limit x": with_flag(limit="x"),
+    "device list": with_flag(device=["cpu"]),
+    "precision foo": with_flag(precision="foo"),
+    "lr schedule foo": with_flag(lr_schedule="foo"),
+    "eval every 0": with_flag(eval_every=0),
+    "eval samples -5": with_flag(eval_samples=-5),
+    "eval samples none": with_flag(epochs=None),
+    "save every -1": with_flag(save_every=-1),
+    "warmup a tensor": with_flag(warmup_steps=torch.ones(3)),
+    "unknown flag": with_flag(foo=1),
+    "no parts": lambda content: content.update(parts={}),
+    "parts 5": lambda content: content.update(parts=5),
+    "adam 5": with_part("lr", 5),
+    "adam of 5": with_part("lr", {"state": {0: 5}, "param_groups": []}),
+    "adam too small": with_adam(lambda state: state.update(exp_avg=torch.zeros(1))),
+    "adam repeated": with_adam(lambda state: state.update(exp_avg=torch.zeros(1).expand(2**40))),
+    "adam repeated in shape": with_adam(lambda state: state.update(exp_avg=torch.zeros(1).expand(state["exp_avg"].shape))),
+    "adam missing": with_adam(lambda state: state.pop("exp_avg")),
+    "adam more": with_adam(lambda state: state.update(foo=torch.zeros(1))),
+    "adam nan": with_adam(lambda state: state["exp_avg"].fill_(math.nan)),
+    "adam integers": with_adam(lambda state: state.update(exp_avg=state["exp_avg"].long())),
+    "adam complex": with_adam(lambda state: state.update(exp_avg=state["exp_avg"] + 1j)),
+    "adam sparse": with_adam(lambda state: state.update(exp_avg=state["exp_avg"].to_sparse())),
+    "adam step of three": with_adam(lambda state: state.update(step=torch.ones(3))),
+    "adam of another": lambda content: content["parts"]["lr"]["state"].update({10**6: {"step": torch.ones(())}}),
+    "adam lr x": with_options(lr="x"),
+    "adam lr nan": with_options(lr=math.nan),
+    "weight smaller": with_weight(lambda weight: weight.flatten()[:1]),
+    "weight nan": with_weight(lambda weight: weight.fill_(math.nan)),
+    "ema other": with_part("ema", {"x": torch.zeros(3)}),
+    "early stopping list": with_part("early_stopping", []),
+    "early stopping x": with_part("early_stopping", {"without_gain": "x"}),
+    "early stopping tensor": with_part("early_stopping", {"without_gain": torch.ones(3)}),
+    "gif strings": with_part("gif", {"frames": ["x", "y"]}),
+    "gif smaller": with_part("gif", {"frames": torch.zeros(4, 3, 3, dtype=torch.uint8)}),
+    "gif floats": with_part("gif", {"frames": torch.zeros(4, 242, 242)}),
+    "gif 5": with_part("gif", 5),
+}
+
+
+def test_a_state_that_does_not_fit_is_refused(whole_run, trainer, tmp_path, run):
+    """Whatever is changed in it: one line, before anything is written."""
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     path = folder / "checkpoints" / f"last_{trainer.prefix}.pt"
+    for name, change in HOSTILE_STATES.items():
+        content = read_tensors(whole_run / "checkpoints" / path.name)
+        change(content)
+        write_tensors(path, content)
+        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        code, _, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
+        assert code == 1 and "start a new run" in error_line(err), (name, err)
+        assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}, name
+
+
+def test_options_of_an_optimizer_are_the_codes_own(whole_run, trainer, tmp_path, run):
+    """But for the learning rate, a file cannot change how a fused optimizer works."""
+    folders = [tmp_path / "as it was", tmp_path / "changed"]
+    for folder in folders:
+        shutil.copytree(whole_run, folder)
+    path = folders[1] / "checkpoints" / f"last_{trainer.prefix}.pt"
     content = read_tensors(path)
-    for key, value in changes.items():
-        content[key] = value(content[key]) if callable(value) else value
+    with_options(fused=False, betas="xx", amsgrad=True, foreach=5)(content)
     write_tensors(path, content)
-    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    code, _, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
-    assert code == 1 and "start a new run" in error_line(err)
-    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for folder in folders:
+        assert run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)[0] == 0
+    assert same(*(training_file(folder, trainer) for folder in folders))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -348,6 +520,23 @@ def test_sampling_and_scoring_stop_within_seconds(signum, place, trainer, tmp_pa
     assert f"{trainer.script} --resume --out-dir {tmp_path}" in result.stderr
     began = re.search(r"signal at ([\d.]+)", result.stdout)
     assert ended - float(began[1]) < 5  # a second or two, on a machine that has other things to do
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_slow_step(trainer, tmp_path):
+    result = run_process("tests/killed.py", "twice", "step", 2, trainer.script, *trainer.flags, "--out-dir", tmp_path)
+    assert result.returncode == -signal.SIGINT, result.stderr  # a shell shows 130
+    began = re.search(r"signal at ([\d.]+)", result.stdout)
+    assert time.time() - float(began[1]) < 5
+    assert read_tensors(tmp_path / "checkpoints" / f"last_{trainer.prefix}.pt")["state"]["step"] == 0
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "| head -n 1"])
+def test_a_training_goes_on_where_nobody_listens(closed, trainer, tmp_path, whole_run):
+    command = [sys.executable, str(ROOT / trainer.script), *trainer.flags, "--out-dir", tmp_path]
+    line = f"set -o pipefail; {shlex.join(map(str, command))} {closed}"
+    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0 and "error" not in result.stderr.lower(), result.stderr
+    assert log_rows(tmp_path, trainer) == log_rows(whole_run, trainer)
 
 
 def test_a_killed_run_is_resumed(whole_run, trainer, tmp_path):
