@@ -48,13 +48,11 @@ def compare(path: str | os.PathLike, rows: Rows, name: str, axis: str, real: dic
         deviation = row[f"{name}_std"]
         axes.bar(position, row[name], 0.6, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
         axes.errorbar(position, row[name], deviation, color="black", capsize=4)
-        axes.annotate(f"{row[name]:.2f}", (position, row[name] + (deviation or 0)), (0, 3), textcoords="offset points",
-                      ha="center")  # fmt: skip
     axes.axhline(real[name], color="black", linestyle="--", label=f"{real['model']}: {real[name]:.2f}")
     if real.get(f"{name}_std"):
         low, high = (real[name] + sign * real[f"{name}_std"] for sign in (-1, 1))
         axes.axhspan(low, high, color="black", alpha=0.15, linewidth=0)
-    axes.set_xticks(range(len(rows)), [label_of(row["model"]) for row in rows])
+    axes.set_xticks(range(len(rows)), [f"{label_of(row['model'])}\n{row[name]:.2f}" for row in rows])
     axes.set_ylabel(axis)
     axes.margins(y=0.15)
     axes.legend(frameon=False, loc="best")
