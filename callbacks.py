@@ -282,7 +282,13 @@ class StateSaver(Callback):
         self.saved_at = time.monotonic()
 
     def at_rest(self, state: TrainState) -> None:
-        if signum := distributed.largest(self.signals.received):
+        try:
+            signum = distributed.largest(self.signals.received)
+        except distributed.Left:  # it may have been told to stop, as we were
+            signum = self.signals.received
+            if not signum:
+                raise
+        if signum:
             raise Interrupted(signum)  # the trainer saves, then lets the process end
         if state.batch == 0 or time.monotonic() - self.saved_at > self.SECONDS:
             self.save(state)

@@ -22,6 +22,10 @@ from torch import Tensor, nn
 from utils import ExpectedError, is_first
 
 
+class Left(ExpectedError):
+    """Another process has ended, before what was to be done together was done."""
+
+
 def count() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -56,7 +60,7 @@ def share(n: int) -> slice:
 
 
 def _together(function: Callable) -> Callable:
-    """A function of the group, that ends in an `ExpectedError` where another process has left it."""
+    """A function of the group, that raises `Left` where another process has ended."""
 
     @functools.wraps(function)
     def call(value: Any) -> Any:
@@ -65,7 +69,7 @@ def _together(function: Callable) -> Callable:
         try:
             return function(value)
         except RuntimeError as error:
-            raise ExpectedError(f"another of the {count()} processes has ended ({error})") from error
+            raise Left(f"another of the {count()} processes has ended ({error})") from error
 
     return call
 

@@ -183,6 +183,11 @@ class Experiment:
                     over = self.state.stop_reason or self.state.epoch >= args.epochs
                     hint = "The run was over." if over else f"To continue: {self._resume_line()}"
                     raise Interrupted(stop.signum, hint) from None
+                except distributed.Left:
+                    if not signals.received:
+                        raise
+                    hint = f"The state of up to a minute ago is saved; to continue: {self._resume_line()}"
+                    raise Interrupted(signals.received, hint) from None
         distributed.leave()
         if is_first():
             self._report([*best, hooks["log"].path, hooks["gif"].path, self.last])

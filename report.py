@@ -158,7 +158,7 @@ def read_csv(path: Path, columns: set[str]) -> Rows:
     """The rows of a CSV file, numbers as floats, empty cells as None; `ExpectedError` where it lacks one of the columns."""
     try:
         with path.open() as file:
-            rows = [{name: _number(cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+            rows = [{name: _number(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
         if not rows or columns - set(rows[0]):
             raise ValueError(f"it lacks {', '.join(sorted(columns - set(rows[0]))) if rows else 'any row'}")
         return rows
@@ -166,9 +166,9 @@ def read_csv(path: Path, columns: set[str]) -> Rows:
         raise ExpectedError(f"{path} cannot be read ({error}); the README says which command writes it") from error
 
 
-def _number(cell: str) -> float | str | None:
+def _number(name: str, cell: str) -> float | str | None:
     try:
-        return float(cell)
+        return cell if name == "checkpoint" and cell else float(cell)  # a hash may have digits alone
     except ValueError:
         return cell or None
 
@@ -204,7 +204,7 @@ def draw_samples(args: argparse.Namespace, models: Rows) -> None:
     import data
     import plots
     from checkpoint import file_sha256, load_generator
-    from utils import choose_device, keyed_generator
+    from utils import choose_device, has_bf16, keyed_generator
 
     device = choose_device(args.device)
     train = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device).images
@@ -216,7 +216,7 @@ def draw_samples(args: argparse.Namespace, models: Rows) -> None:
         labels = torch.arange(data.NUM_CLASSES).repeat_interleave(SAMPLE_COLUMNS) if by_digit(row) else None
         options = {name: row[name] for name in ("sampler", "steps", "eta", "guidance") if row.get(name) is not None}
         if options:
-            options["precision"] = row["dtype"]
+            options["precision"] = row["dtype"] if has_bf16(device) else "fp32"
         rng = keyed_generator("cpu", 0, "report")
         samples = data.to_uint8(generator.sample(data.NUM_CLASSES * SAMPLE_COLUMNS, labels, rng, **options))
         plots.write_png(args.reports / sample_file(row), plots.image_grid(samples, SAMPLE_COLUMNS))

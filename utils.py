@@ -198,10 +198,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     killed processes left of their own attempts is swept away.
     """
     wanted, path = path, Path(os.path.realpath(path))  # a link stays one
-    if path.exists() and not path.is_file():
-        raise ExpectedError(f"cannot write {wanted}, which is no ordinary file; choose another name")
     temporary = None
     try:
+        if path.exists() and not path.is_file():
+            raise ExpectedError(f"cannot write {wanted}, which is no ordinary file; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         handle, name = tempfile.mkstemp(prefix=f"{_prefix(path)}{os.getpid()}.", suffix=path.suffix, dir=path.parent)

@@ -6,7 +6,7 @@ python tests/killed.py SIGKILL PLACE N train_gan.py [its flags]
 
 from __future__ import annotations
 
-import ctypes
+import hashlib
 import os
 import runpy
 import signal
@@ -50,7 +50,7 @@ def deadly(function: Callable, visits: int, signum: str) -> Callable:
                 command = f"sleep 0.3; kill -INT {os.getpid()}"
                 subprocess.Popen(["sh", "-c", f"kill -INT {os.getpid()}; {command}"])
                 time.sleep(0.2)
-                ctypes.CDLL(None).sleep(60)  # as a slow step: no Python until it is over
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a slow step: no Python until it is over
                 return function(*args, **options)
             os.kill(os.getpid(), signal.Signals[signum])
         return function(*args, **options)

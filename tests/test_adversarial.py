@@ -70,14 +70,14 @@ def test_wrong_labels_are_fakes_to_the_discriminator():
     noise = torch.randn(16, 100, generator=keyed_generator("cpu", 0, "noise", 1))
     with torch.no_grad():
         fake = step.generator(noise, labels)
-        wrong_labels = step._wrong_labels(labels)
+        wrong_labels = step._questions(labels)[1]
         asked = ((images, labels), (fake, labels), (images, wrong_labels))
         real, made, wrong = (step.discriminator(x, y) for x, y in asked)
     as_fakes = [reference_losses("relativistic", real, fakes)[0] for fakes in (made, wrong)]
     expected = as_fakes[0] + MISMATCH_WEIGHT * as_fakes[1]
     assert float(step(images, labels)["loss_d"]) == pytest.approx(float(expected), rel=1e-4)
 
-    drawn = step._wrong_labels(torch.full((9000,), 3)).bincount(minlength=10)
+    drawn = step._questions(torch.full((9000,), 3))[1].bincount(minlength=10)
     assert drawn[3] == 0 and all(abs(count - 1000) < 150 for i, count in enumerate(drawn.tolist()) if i != 3)
 
 

@@ -7,12 +7,15 @@ import contextlib
 import io
 import runpy
 import tempfile
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, tiny_ddpm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_models import small
 
+from checkpoint import save_model
 from utils import run_script
 
 TRAINERS = ("train_gan.py", "train_cgan.py", "train_diffusion.py")
@@ -91,11 +94,54 @@ def try_dry_runs(script: str, examples: int) -> None:
     def check(args):
         with tempfile.TemporaryDirectory() as folder:
             code, err = call(script, [*fixed, "--batch-size", "32", *args, "--out-dir", folder])
-        assert code in (0, 1, 2), (args, err)
-        assert code == 0 or err.strip().splitlines()[-1].startswith("error: "), (args, err)
-        assert "Traceback" not in err
+        assert_run_or_refused(code, args, err)
 
     check()
+
+
+def assert_run_or_refused(code: int, args: list[str], err: str) -> None:
+    assert code in (0, 2), (args, err)
+    assert code == 0 or err.strip().splitlines()[-1].startswith("error: "), (args, err)
+    assert "Traceback" not in err
+
+
+def try_drawing(script: str, folder: Path, examples: int) -> None:
+    """infer.py or inference.py with untrained models of a few noise levels."""
+    gan, digits, ddpm = tiny_gan(folder, "dcgan"), tiny_gan(folder, "cdcgan"), str(tiny_ddpm(folder, timesteps=8))
+    models = {"--gan-model": [gan], "--diff-model": [ddpm], "--model": [digits, ddpm]}
+    out = {"--out": "a.png", "--denoising-gif": "a.gif", "--outdir": "digits"}
+
+    def placed(args: list[str], model: int) -> list[str]:
+        """The arguments, with models and folders that are there; a typed one stays among the others' values."""
+        fixed = {name: paths[model % len(paths)] for name, paths in models.items()}
+        fixed |= {name: str(folder / path) for name, path in out.items()}
+        known = {option for action in parser_of(script)._actions for option in action.option_strings}
+        return [*args, *(text for name, path in fixed.items() if name in known for text in (name, path))]
+
+    @settings(max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(arguments(script, without=FIXED | {"--n"} | models.keys() | out.keys()), st.integers(0, 1))
+    def check(args, model):
+        code, err = call(script, placed(args, model))
+        assert_run_or_refused(code, args, err)
+
+    check()
+
+
+def tiny_gan(folder: Path, name: str) -> str:
+    """The file of an untrained generator."""
+    save_model(folder / f"{name}.pt", name, small(name), {})
+    return str(folder / f"{name}.pt")
+
+
+@pytest.mark.parametrize("script", ["infer.py", "inference.py"])
+def test_any_arguments_are_drawn_or_refused(script, tmp_path, mnist_dir):
+    try_drawing(script, tmp_path, 15)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("script", ["infer.py", "inference.py"])
+def test_many_arguments_are_drawn_or_refused(script, tmp_path, mnist_dir):
+    try_drawing(script, tmp_path, 200)
 
 
 @pytest.mark.parametrize("script", TRAINERS)

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 import resource
+import time
 import zipfile
 from pathlib import Path
 
@@ -216,6 +217,31 @@ def test_compressed_members_are_refused(saved, tmp_path):
             target.writestr(member, bytes(10_000_000) if member.endswith("data/0") else source.read(member))
     with pytest.raises(ExpectedError, match="compressed"):
         load_generator(bomb)
+
+
+@pytest.mark.parametrize("content", [b"}" * 20_000_000, b"(" * 20_000_000, b"N" * 3_000_000], ids=["dicts", "marks", "none"])
+def test_a_long_description_is_not_read_to_its_end(content, tmp_path, limited_memory):
+    with zipfile.ZipFile(tmp_path / "long.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02](" + content + b"e.")
+    start = time.process_time()
+    with pytest.raises(ExpectedError, match="too many parts"):
+        load_generator(tmp_path / "long.pt")
+    assert time.process_time() - start < 20
+
+
+def test_a_description_of_gigabytes_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "long.pt", "w") as archive:
+        archive.writestr("archive/data.pkl", bytes(2**25 + 1))
+    with pytest.raises(ExpectedError, match="description is too long"):
+        load_generator(tmp_path / "long.pt")
+
+
+def test_a_crowd_of_members_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "many.pt", "w") as archive:
+        for i in range(20_000):
+            archive.writestr(f"archive/data/{i}", b"")
+    with pytest.raises(ExpectedError, match="too many members"):
+        load_generator(tmp_path / "many.pt")
 
 
 def changed(path, **changes):

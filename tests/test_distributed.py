@@ -25,7 +25,7 @@ WEIGHT_ROUNDING = 2e-4  # of weights after twelve steps: sums of another order, 
 
 def torchrun(script: Path | str, *args: object, processes: int = 2, **options) -> subprocess.Popen:
     """Start a script as several processes of one thread each."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*command, str(ROOT / script), *map(str, args)], cwd=ROOT, env=environment, **pipes, **options)
@@ -105,9 +105,10 @@ def test_a_batch_that_cannot_be_divided_is_refused(tmp_path):
 
 
 def test_an_evaluation_is_shared(mnist_dir, tmp_path):
-    args = ["--models", tiny_ddpm(tmp_path), "--n", 500, "--seeds", 2, "--steps", 2, "--device", "cpu", "--out-dir"]
-    assert run_process("evaluate.py", *args, tmp_path / "one").returncode == 0
-    code, out, err = finish(torchrun("evaluate.py", *args, tmp_path / "two"))
+    args = ["--models", tiny_ddpm(tmp_path), "--n", 200, "--seeds", 2, "--steps", 2, "--device", "cpu", "--out-dir"]
+    result = run_process("tests/ranks.py", *args, tmp_path / "one")
+    assert result.returncode == 0, result.stderr
+    code, out, err = finish(torchrun("tests/ranks.py", *args, tmp_path / "two"))
     assert code == 0 and out.count("\nwrote") == 1, err
     one, two = (read_csv(tmp_path / folder / "metrics.csv") for folder in ("one", "two"))
     assert [row["device"] for row in two] == ["2 x cpu"] * len(one)
@@ -133,9 +134,9 @@ def test_rows_do_not_depend_on_which_are_drawn(name):
 
 def test_a_loss_is_the_mean_of_its_shares():
     network, images, labels = small("ddpm"), torch.rand(8, 1, 28, 28), torch.arange(8)
-    losses = [network.loss(images, labels, keyed_generator("cpu", 0), 0.5, rows=rows)
-              for rows in (slice(None), slice(0, 4), slice(4, 8))]  # fmt: skip
-    assert losses[0] == pytest.approx(float(losses[1] + losses[2]) / 2, rel=1e-6)
+    whole, *parts = (network.loss(images, labels, keyed_generator("cpu", 0), 0.5, rows=rows).item()
+                     for rows in (slice(None), slice(0, 4), slice(4, 8)))  # fmt: skip
+    assert whole == pytest.approx(sum(parts) / 2, rel=1e-6) and parts[0] != parts[1]
 
 
 def test_of_one_process_nothing_is_asked():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from test_models import small
 
 import charts
@@ -20,11 +22,21 @@ from utils import ExpectedError, atomic_path, write_csv, write_json
 
 NOISE = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
 PIXELS = NOISE[:, 0].numpy()
+
+
+def rewrite_readme(path) -> None:
+    report = runpy.run_path(str(ROOT / "report.py"))
+    if not path.exists():
+        path.write_text(f"before\n{report['BEGIN']}\n{report['END']}\nafter\n")
+    report["write_readme"](path, "| FID |\n" * 1000)
+
+
 WRITERS = {
     "model.pt": lambda path: save_model(path, "dcgan", small("dcgan"), {}),
     "state.pt": lambda path: write_tensors(path, {"x": torch.randn(5000)}),
     "log.csv": lambda path: write_csv(path, [{"epoch": i, "loss": i / 7} for i in range(1000)]),
     "metrics.json": lambda path: write_json(path, {"rows": list(range(5000))}),
+    "README.md": rewrite_readme,
     "grid.png": lambda path: plots.write_png(path, plots.image_grid(NOISE)),
     "progress.gif": lambda path: plots.write_gif(path, NOISE[:, 0]),
     "side_by_side.png": lambda path: plots.write_side_by_side(path, [("noise", NOISE)]),
@@ -82,3 +94,25 @@ def test_an_error_inside_leaves_nothing(tmp_path):
         temporary.write_bytes(np.zeros(10).tobytes())
         raise ZeroDivisionError
     assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "link.csv").symlink_to("target.csv")
+    write_csv(tmp_path / "link.csv", [{"x": 1}])
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "target.csv").read_text() == "x\n1\n"
+
+
+def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path in (tmp_path / "pipe.csv", tmp_path):
+        with pytest.raises(ExpectedError, match="no ordinary file"):
+            write_csv(path, [{"x": 1}])
+    assert (tmp_path / "pipe.csv").is_fifo()
+
+
+def test_what_cannot_be_made_is_said_by_its_own_name(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.csv", tmp_path / f"{'a' * 300}.csv"):
+        with pytest.raises(ExpectedError, match=rf"cannot write .*{path.name} "):
+            write_csv(path, [{"x": 1}])
+    write_csv(tmp_path / f"{'a' * 251}.csv", [{"x": 1}])  # the longest name that there is

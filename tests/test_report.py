@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, error_line, read_csv, tiny_ddpm
+from test_outputs import full_disk
 
 from checkpoint import file_sha256
 
@@ -32,6 +33,14 @@ def folder(tmp_path_factory):
 
 def replace_once(path, old: str, new: str) -> None:
     path.write_text(path.read_text().replace(old, new, 1))
+
+
+def other_gan(folder) -> None:
+    """Figures as they would be of another DCGAN than that in its file."""
+    digest = file_sha256(ROOT / "checkpoints" / "best_GAN_G.pt")
+    for name in ("metrics.json", "pitfalls.csv"):
+        path = folder / "reports" / name
+        path.write_text(path.read_text().replace(digest[:16], "0" * 16))
 
 
 @pytest.fixture
@@ -98,10 +107,7 @@ def test_the_readme_gets_the_figures(report, folder):
         ),
         (lambda folder: replace_once(folder / "reports" / "samplers.csv", ",cpu,", ",cuda,"), "more than one protocol"),
         (lambda folder: replace_once(folder / "reports" / "samplers.csv", "\n", "\n0"), "another checkpoint"),
-        (
-            lambda folder: replace_once(folder / "reports" / "metrics.json", '"sha256": "', '"sha256": "0'),
-            "evaluate.py again",
-        ),
+        (lambda folder: other_gan(folder), "evaluate.py again"),
         (lambda folder: (folder / "reports" / "metrics.json").write_text("5"), "evaluate.py"),
         (lambda folder: (folder / "reports" / "metrics.json").write_text('{"rows": [5]}'), "evaluate.py"),
     ],
@@ -121,3 +127,15 @@ def test_what_is_missing_is_said(report, folder, tmp_path):
     (tmp_path / "README.md").write_text("no marks")
     code, _, err = report(readme=tmp_path / "README.md")
     assert code == 1 and "no results section" in error_line(err)
+
+
+def test_a_full_disk_keeps_the_page(report, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cdist", lambda a, b: torch.zeros(len(a), len(b)))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    page = copy / "reports" / "report.html"
+    page.write_text("an older one")
+    with full_disk(10**6):  # more than any picture
+        code, _, err = report(reports=copy / "reports", samples=copy / "samples", readme=copy / "README.md")
+    assert code == 1 and f"cannot write {page} " in error_line(err)
+    assert page.read_text() == "an older one" and not list(copy.rglob(".*"))

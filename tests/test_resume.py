@@ -190,6 +190,7 @@ def test_the_same_seed_gives_the_same_files(whole_run, trainer, tmp_path, run):
     assert same(training_file(tmp_path, trainer), training_file(whole_run, trainer))
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
 def test_a_new_run_keeps_what_it_replaces_however_often_it_is_resumed(trainer, tmp_path, run):
     """Stopped before its first step and after its first best epoch was written: an older run's best is still there."""
     for export in trainer.exports:
@@ -206,16 +207,18 @@ def test_a_new_run_keeps_what_it_replaces_however_often_it_is_resumed(trainer, t
         assert load_model(tmp_path / "checkpoints" / f"best_{export}.pt")
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
 def test_a_best_file_that_was_deleted_is_written_again(whole_run, trainer, tmp_path, run):
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     best = folder / "checkpoints" / f"best_{trainer.exports[0]}.pt"
     best.unlink()
     code, out, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
-    assert code == 0 and f"{best}: not all there" in out.replace(",", ":", 1).replace(f"{best},", f"{best}:"), err
+    assert code == 0 and "not all there any more" in out, err
     assert load_generator(best).meta["epoch"] == 4
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
 def test_two_runs_cannot_write_the_same_files(trainer, tmp_path, run, monkeypatch):
     """The second one is refused while the first one trains."""
     outcomes, step = [], trainer.step.__call__
@@ -332,7 +335,6 @@ HOSTILE_STATES = {
     "adam nan": with_adam(lambda state: state["exp_avg"].fill_(math.nan)),
     "adam integers": with_adam(lambda state: state.update(exp_avg=state["exp_avg"].long())),
     "adam complex": with_adam(lambda state: state.update(exp_avg=state["exp_avg"] + 1j)),
-    "adam sparse": with_adam(lambda state: state.update(exp_avg=state["exp_avg"].to_sparse())),
     "adam step of three": with_adam(lambda state: state.update(step=torch.ones(3))),
     "adam of another": lambda content: content["parts"]["lr"]["state"].update({10**6: {"step": torch.ones(())}}),
     "adam lr x": with_options(lr="x"),
@@ -350,6 +352,7 @@ HOSTILE_STATES = {
 }
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[::2], indirect=True, ids=["gan", "diffusion"])  # cgan is as gan here
 def test_a_state_that_does_not_fit_is_refused(whole_run, trainer, tmp_path, run):
     """Whatever is changed in it: one line, before anything is written."""
     folder = tmp_path / "run"
@@ -365,6 +368,7 @@ def test_a_state_that_does_not_fit_is_refused(whole_run, trainer, tmp_path, run)
         assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}, name
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[::2], indirect=True, ids=["gan", "diffusion"])  # cgan is as gan here
 def test_options_of_an_optimizer_are_the_codes_own(whole_run, trainer, tmp_path, run):
     """But for the learning rate, a file cannot change how a fused optimizer works."""
     folders = [tmp_path / "as it was", tmp_path / "changed"]
@@ -522,6 +526,7 @@ def test_sampling_and_scoring_stop_within_seconds(signum, place, trainer, tmp_pa
     assert ended - float(began[1]) < 5  # a second or two, on a machine that has other things to do
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
 def test_a_second_ctrl_c_does_not_wait_for_a_slow_step(trainer, tmp_path):
     result = run_process("tests/killed.py", "twice", "step", 2, trainer.script, *trainer.flags, "--out-dir", tmp_path)
     assert result.returncode == -signal.SIGINT, result.stderr  # a shell shows 130
@@ -530,6 +535,7 @@ def test_a_second_ctrl_c_does_not_wait_for_a_slow_step(trainer, tmp_path):
     assert read_tensors(tmp_path / "checkpoints" / f"last_{trainer.prefix}.pt")["state"]["step"] == 0
 
 
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "| head -n 1"])
 def test_a_training_goes_on_where_nobody_listens(closed, trainer, tmp_path, whole_run):
     command = [sys.executable, str(ROOT / trainer.script), *trainer.flags, "--out-dir", tmp_path]

@@ -17,7 +17,7 @@ import data
 import evaluation
 import plots
 import utils
-from checkpoint import file_sha256, load_generator, save_model
+from checkpoint import file_sha256, load_generator, read_tensors, save_model, write_tensors
 from data import to_uint8
 from denoising import DiffusionStep
 from models import DDPM
@@ -84,7 +84,7 @@ def test_train_diffusion_dry_run_writes_every_file(run, tmp_path, monkeypatch):
     monkeypatch.setattr(DiffusionStep, "__init__", spy(DiffusionStep.__init__, steps))
     code, out, err = run("train_diffusion.py", "--dry-run", "--dataset", "digits", *typed, "--out-dir", tmp_path)
     assert code == 0, err
-    options = {"sampler": "ddim", "steps": 3, "eta": 0.5, "guidance": 2.0}
+    options = {"sampler": "ddim", "steps": 3, "eta": 0.5, "guidance": 2.0, "precision": "fp32"}
     assert sampled == [options] * 7  # three frames and two scorings in two ways
     assert [(call["grad_clip"], call["label_dropout"], call["expected"].share) for call in steps] == [(0.5, 0.2, 0.3)]
     rates = [row["muon_lr"] for row in read_csv(tmp_path / "reports" / "diffusion_training_log.csv")]
@@ -119,7 +119,7 @@ def test_fine_tuning_starts_from_the_weights_of_a_checkpoint(run, tmp_path, monk
     for init, reason in ((tmp_path / "none.pt", "does not exist"), (SHIPPED, "holds a dcgan"),
                          (tiny_ddpm(tmp_path, timesteps=40), "timesteps=40")):  # fmt: skip
         code, _, err = run("train_diffusion.py", *flags, "--timesteps", 50, "--init", init)
-        assert code == 1 and reason in error_line(err)
+        assert code == (1 if reason == "does not exist" else 2) and reason in error_line(err)
 
 
 def noting_weights(function, found: list):
@@ -201,7 +201,7 @@ def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path, fewe
         ([tiny_ddpm(tmp_path, num_classes=5)], "has 5 classes"),
     ):
         code, _, err = run("evaluate.py", "--models", *args, "--out-dir", tmp_path)
-        assert code == 1 and reason in error_line(err)
+        assert code == (2 if len(args) > 1 else 1) and reason in error_line(err)
 
 
 def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_dir, run, tmp_path, fewer_digits):
@@ -238,12 +238,16 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(mnist_dir,
     monkeypatch.setattr(evaluation.RealDigits, "score", scoring)
     assert evaluated("out", commit="0123-dirty") == (130, 4) == evaluated("out", commit="0123-dirty")
     assert evaluated("out") == (130, 4) and [path.name for path in unfinished.parent.iterdir()] == [unfinished.name]
-    for folder in ("whole", "damaged", "larger"):
+    for folder in ("whole", "damaged", "larger", "hostile"):
         (tmp_path / folder).mkdir()
+    content = read_tensors(unfinished)
+    write_tensors(
+        tmp_path / "hostile" / unfinished.name, content | {"scores": dict.fromkeys(content["scores"], ({"fid": "x"}, []))}
+    )
     (tmp_path / "damaged" / unfinished.name).write_bytes(unfinished.read_bytes()[:-100])
     shutil.copy(unfinished, tmp_path / "larger")
     assert evaluated("out") == (0, 3) and not unfinished.exists()
-    assert evaluated("damaged") == evaluated("whole") == evaluated("larger", n=210) == (0, 6)
+    assert evaluated("damaged") == evaluated("whole") == evaluated("larger", n=210) == evaluated("hostile") == (0, 6)
     for table in ("metrics.csv", "metrics_by_digit.csv"):
         whole, resumed, damaged = (
             [{name: value for name, value in row.items() if "images_per_second" not in name} for row in read_csv(file)]
@@ -318,7 +322,7 @@ def test_bad_arguments_exit_with_2(run, script, args, named):
     assert code == 2 and named in error_line(err)
 
 
-def test_failures_exit_with_1_and_overwrite_nothing(run, tmp_path):
+def test_failures_exit_with_1_or_2_and_overwrite_nothing(run, tmp_path):
     truncated, picture = tmp_path / "truncated.pt", tmp_path / "picture.png"
     truncated.write_bytes(SHIPPED.read_bytes()[:10_000])
     picture.write_text("before")
@@ -329,17 +333,17 @@ def test_failures_exit_with_1_and_overwrite_nothing(run, tmp_path):
         (["--gan-model", ROOT / "checkpoints" / "best_GAN_D.pt"], "cannot be sampled"),
         (["--diff-model", SHIPPED, "--steps", 5], "has no --steps"),
         (["--diff-model", tiny_ddpm(tmp_path), "--steps", 51], "steps must be"),
-        (["--diff-model", tiny_ddpm(tmp_path), "--sampler", "ddpm", "--eta", 1], "eta must"),
+        (["--diff-model", tiny_ddpm(tmp_path), "--sampler", "ddpm", "--eta", 1], "eta of ddpm must"),
         (["--diff-model", truncated], "damaged"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
     ):
         code, _, err = run("infer.py", "--out", picture, *args)
-        assert code == 1 and reason in error_line(err)
+        assert code == (2 if args[-2] in ("--steps", "--eta", "--device") else 1) and reason in error_line(err)
         assert picture.read_text() == "before"
 
 
-def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
+def test_training_failures_exit_with_1_or_2(run, tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nothing").as_uri() + "/"])
@@ -355,7 +359,7 @@ def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
         (["--dataset", "digits", "--latent-dim", 5000], "latent_dim must be"),
     ):
         code, _, err = run("train_gan.py", *args, "--out-dir", out)
-        assert code == 1 and reason in err.strip().splitlines()[-1]
+        assert code == (1 if args[0] == "--data-dir" else 2) and reason in err.strip().splitlines()[-1]
         assert not list(out.rglob("*.pt"))
     for args, reason in (
         (["--width", 12], "multiple of 8"),
@@ -364,7 +368,7 @@ def test_training_failures_exit_with_1(run, tmp_path, monkeypatch):
         (["--timesteps", 1], "timesteps must be"),
     ):
         code, _, err = run("train_diffusion.py", "--dataset", "digits", *args, "--out-dir", out)
-        assert code == 1 and reason in error_line(err) and not list(out.rglob("*.pt"))
+        assert code == 2 and reason in error_line(err) and not list(out.rglob("*.pt"))
 
 
 def test_infer_draws_real_gan_and_diffusion_digits_side_by_side(run, tmp_path):
@@ -401,7 +405,7 @@ def test_infer_draws_the_denoising(run, tmp_path):
         assert code == 0 and pictures.n_frames == 31  # not all of the steps
     args[1] = SHIPPED
     code, _, err = run("infer.py", *args)
-    assert code == 1 and "does not denoise" in error_line(err)
+    assert code == 2 and "does not denoise" in error_line(err)
 
 
 def test_two_models_of_a_kind_have_two_panels(run, tmp_path):

@@ -30,7 +30,8 @@ ROOMS = {
     "evaluation": {"checkpoint", "data", "distributed", "metrics", "utils"},
     "inception": {"checkpoint", "utils"},
     "callbacks": {"checkpoint", "data", "distributed", "plots", "training", "utils"},
-    "experiment": {"callbacks", "checkpoint", "data", "distributed", "evaluation", "training", "utils"},
+    "resuming": {"checkpoint", "flags", "training", "utils"},
+    "experiment": {"callbacks", "checkpoint", "data", "distributed", "evaluation", "resuming", "training", "utils"},
     "adversarial": {"distributed", "experiment", "guard", "models", "training", "utils"},
     "denoising": {
         "checkpoint",
