@@ -175,19 +175,7 @@ class Experiment:
         best = [self.last.parent / f"best_{file}.pt" for file in files]
         with exclusive(self.last.with_name(f".{self.prefix}.lock")) if is_first() else contextlib.nullcontext():
             self._begin(parts, saver, best)
-            with signals:
-                try:
-                    fit(train_step, self.batches, args.epochs, [*hooks.values(), saver], self.state)
-                except Interrupted as stop:
-                    saver.save(self.state)
-                    over = self.state.stop_reason or self.state.epoch >= args.epochs
-                    hint = "The run was over." if over else f"To continue: {self._resume_line()}"
-                    raise Interrupted(stop.signum, hint) from None
-                except distributed.Left:
-                    if not signals.received:
-                        raise
-                    hint = f"The state of up to a minute ago is saved; to continue: {self._resume_line()}"
-                    raise Interrupted(signals.received, hint) from None
+            self._fit(train_step, [*hooks.values(), saver], saver, signals)
         distributed.leave()
         if is_first():
             self._report([*best, hooks["log"].path, hooks["gif"].path, self.last])
@@ -204,6 +192,22 @@ class Experiment:
         if self.state.best_epoch and not all(path.exists() for path in best):
             say(f"{', '.join(map(str, best))}: not all there any more, so the best epoch from here on is written")
             self.state.best_fid, self.state.best_epoch = math.inf, 0
+
+    def _fit(self, train_step: Callable, hooks: list[Callback], saver: callbacks.StateSaver, signals: StopSignals) -> None:
+        """Train; where a signal stops it, save, and say how to go on."""
+        with signals:
+            try:
+                fit(train_step, self.batches, self.args.epochs, hooks, self.state)
+            except Interrupted as stop:
+                saver.save(self.state)
+                over = self.state.stop_reason or self.state.epoch >= self.args.epochs
+                hint = "The run was over." if over else f"To continue: {self._resume_line()}"
+                raise Interrupted(stop.signum, hint) from None
+            except distributed.Left:  # in the middle of a step, which another process did not finish
+                if not signals.received:
+                    raise
+                hint = f"The state of up to a minute ago is saved; to continue: {self._resume_line()}"
+                raise Interrupted(signals.received, hint) from None
 
     def batches(self, epoch: int, start: int):
         """The batches of `epoch` from number `start` on, as `fit` asks for them."""

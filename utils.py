@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 
-AGAIN = "Nothing is half written: to go on, give the same command again."
+AGAIN = "Nothing is half written; the same command can be given again."
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in torch's messages
 
 
