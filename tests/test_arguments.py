@@ -22,8 +22,8 @@ TRAINERS = ("train_gan.py", "train_cgan.py", "train_diffusion.py")
 SCRIPTS = (*TRAINERS, "train_classifier.py", "infer.py", "inference.py", "evaluate.py", "report.py")
 PLAUSIBLE = ("0", "1", "2", "3", "7", "8", "16", "20", "24", "100", "1000", "0.5", "0.999", "1e-4")
 ODD = ("-1", "1e-300", "1e300", "1e400", "nan", "-inf", "", " ", "nine", "0x10", "\uff11\uff12", "9" * 25)
-# Left out of the runs: what would write elsewhere, needs another machine, or takes minutes by intention
-FIXED = {"--out-dir", "--data-dir", "--device", "--compile", "--dataset", "--dry-run", "--resume", "--width"}
+# Left out of the runs: what would write elsewhere, needs another machine or a file, or takes minutes by intention
+FIXED = {"--out-dir", "--data-dir", "--device", "--compile", "--dataset", "--dry-run", "--resume", "--width", "--init"}
 
 
 def parser_of(script: str) -> argparse.ArgumentParser:
