@@ -173,7 +173,8 @@ def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:
     """What to score: a diffusion model in both ways, drawing any digit and drawing those that are asked for.
 
     Raises:
-        ExpectedError: a model of other classes than digits, or an option of sampling that it (or every model) refuses.
+        ExpectedError: a model of other classes than digits.
+        UsageError: an option of sampling that it (or every model) refuses.
     """
     from checkpoint import file_sha256
 

@@ -227,11 +227,8 @@ class Experiment:
     def _resume_line(self) -> str:
         processes = distributed.count()
         program = ["python"] if processes == 1 else ["torchrun", f"--nproc-per-node={processes}"]
-        line, folders = (
-            [*program, sys.argv[0], "--resume"],
-            {"--out-dir": str(self.out_dir), "--data-dir": self.args.data_dir},
-        )
-        for flag, folder in folders.items():
+        line = [*program, sys.argv[0], "--resume"]
+        for flag, folder in (("--out-dir", str(self.out_dir)), ("--data-dir", self.args.data_dir)):
             if folder:
                 line += [f"{flag}={folder}"] if folder.startswith("-") else [flag, folder]
         return shlex.join(line)
@@ -239,12 +236,12 @@ class Experiment:
     def _report(self, files: list[Path]) -> None:
         state = self.state
         say(f"done after {state.epoch} epochs and {state.seconds / 60:.1f} minutes: "
-              f"{state.stop_reason or 'all epochs completed'}")  # fmt: skip
+            f"{state.stop_reason or 'all epochs completed'}")  # fmt: skip
         if state.best_epoch:
             ratio = state.log[state.best_epoch - 1]["fid_ratio"]
             floor = f", {ratio:.1f} times that of real digits" if ratio == ratio else ""  # nan: the floor is not known
             say(f"best FID {state.best_fid:.3f} at epoch {state.best_epoch}{floor} ({self.args.eval_samples} samples, "
-                  "mnist extractor, against the training set)")  # fmt: skip
+                "mnist extractor, against the training set)")  # fmt: skip
         say("wrote", *(f"  {path}" for path in files if path.exists()))
 
 

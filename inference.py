@@ -60,7 +60,7 @@ def chosen_digits(choices: list[str | int], num_classes: int, model: str) -> lis
     """The digits of `--digit` in ascending order, each once.
 
     Raises:
-        ExpectedError: the model is unconditional, or lacks one of the digits.
+        UsageError: the model is unconditional, or lacks one of the digits.
     """
     if not num_classes:
         raise UsageError(

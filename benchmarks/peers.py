@@ -57,7 +57,7 @@ def main() -> None:
     extractor, rows = Extractor(device), []
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
     for name in args.peers:
-        for precision in precisions(device) if name.startswith("ours") else ["fp32"]:
+        for precision in precisions(device) if name == "ours" else ["fp32"]:
             rows.append({"peer": name, "precision": precision, **measure(args, PEERS[name], precision, digits, scorer)})
             print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                             for key, value in rows[-1].items()), flush=True)  # fmt: skip
