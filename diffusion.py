@@ -10,12 +10,14 @@ prediction, guidance, and the closed-form denoisers of the tests.
     Song et al. 2021, "Denoising Diffusion Implicit Models", arXiv 2010.02502
     Salimans & Ho 2022, "Progressive Distillation for Fast Sampling of Diffusion Models", arXiv 2202.00512
     Lu et al. 2022, "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models", arXiv 2211.01095
+    Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models", arXiv 2206.00364
     Xu et al. 2023, "Stable Target Field for Reduced Variance Score Estimation in Diffusion Models", arXiv 2302.00670
     Xue et al. 2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models", arXiv 2309.05019
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Callable
@@ -46,6 +48,7 @@ class Level(NamedTuple):
 
 
 CLEAN = Level(-1, 1.0, 0.0)
+NOISE_RANGE, RHO = (12.0, 0.15), 7  # of `noise_grid`: sigma / alpha, and the root that is evenly spaced
 
 
 def betas(schedule: str, timesteps: int) -> Tensor:
@@ -74,7 +77,7 @@ def noise_levels(schedule: str, timesteps: int) -> list[Level]:
 
 
 def time_grid(levels: list[Level], steps: int) -> list[Level]:
-    """`steps` levels evenly spaced in time, from the coarsest down, and the clean image: where a sampler evaluates.
+    """`steps` levels evenly spaced in time, from the coarsest down, and the clean image: where ancestral sampling evaluates.
 
     The first one is the very last time, whose noise sampling starts from (Lin et al. 2024, arXiv 2305.08891, table 2,
     "trailing"). With as many steps as times it is all of them.
@@ -82,9 +85,34 @@ def time_grid(levels: list[Level], steps: int) -> list[Level]:
     Raises:
         ValueError: no step, or more steps than times.
     """
+    _check_steps(levels, steps)
+    return [levels[round(len(levels) * (1 - i / steps)) - 1] for i in range(steps)] + [CLEAN]
+
+
+def noise_grid(levels: list[Level], steps: int) -> list[Level]:
+    """As `time_grid`, but after the coarsest level evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
+
+    More of the steps fall to the noise in which it is decided what a sample shall be. Large steps there make too few of the
+    digits with much ink: the mean of the estimates of x0, which should stay what it is, falls with every one.
+
+    Raises:
+        ValueError: no step, or more steps than times.
+    """
+    _check_steps(levels, steps)
+    coarse, fine = NOISE_RANGE[0] ** (1 / RHO), NOISE_RANGE[1] ** (1 / RHO)
+    time = len(levels) - 1
+    grid = [levels[time]]
+    for i in range(1, steps):  # the middle of each of steps - 1 parts
+        noise = (coarse + (i - 0.5) / (steps - 1) * (fine - coarse)) ** RHO
+        below = bisect.bisect_right(levels, noise, key=lambda level: level.sigma / level.alpha) - 1
+        time = max(min(below, time - 1), steps - 1 - i)  # each once, and one left for each of those to come
+        grid.append(levels[time])
+    return [*grid, CLEAN]
+
+
+def _check_steps(levels: list[Level], steps: int) -> None:
     if not 1 <= steps <= len(levels):
         raise ValueError(f"steps must lie in 1..{len(levels)}, the number of timesteps, not {steps}")
-    return [levels[round(len(levels) * (1 - i / steps)) - 1] for i in range(steps)] + [CLEAN]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -205,6 +233,7 @@ def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Genera
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm-solver++": dpm_solver}
+GRIDS = {"ddpm": time_grid, "ddim": noise_grid, "dpm-solver++": noise_grid}
 
 
 def _normal_like(x: Tensor, rng: torch.Generator) -> Tensor:

@@ -325,7 +325,7 @@ class DDPM(nn.Module):
         """
         check_request(n, labels, self.config.num_classes, chunk_size)
         options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta, precision=precision)
-        grid = diffusion.time_grid(self.levels, options["steps"])
+        grid = diffusion.GRIDS[sampler](self.levels, options["steps"])
         draw, renewed = diffusion.SAMPLERS[sampler], {"eta": options["eta"]} if options["eta"] else {}
         if labels is None:
             labels, guidance = torch.full((n,), self.config.num_classes), 1.0

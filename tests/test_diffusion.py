@@ -18,6 +18,7 @@ THEIR_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION = {"eps": "epsilon", "v": "v_prediction"}
 BOTH = pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
 EITHER = pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
+GRIDS = pytest.mark.parametrize("grid", [diffusion.time_grid, diffusion.noise_grid])
 
 
 def theirs(scheduler, schedule: str, prediction: str = "eps", **options):
@@ -153,10 +154,38 @@ def test_the_grid_is_the_trailing_one(steps):
     assert grid[0] is levels[-1] and grid[-1] is CLEAN
 
 
+@BOTH
+@pytest.mark.parametrize(("timesteps", "steps"), [(1000, 5), (1000, 15), (1000, 50), (400, 10)])
+def test_the_noise_grid_is_theirs_between_its_ends(schedule, timesteps, steps):
+    """Karras et al. evenly space the roots with both ends, we the middles of the parts: ours are theirs at odd places."""
+    levels = diffusion.noise_levels(schedule, timesteps)
+    grid = diffusion.noise_grid(levels, steps)
+    coarse, fine = diffusion.NOISE_RANGE
+    scheduler = theirs(DPMSolverMultistepScheduler, schedule, "v", use_karras_sigmas=True)
+    expected = scheduler._convert_to_karras(torch.tensor([coarse, fine]), num_inference_steps=2 * steps - 1)[1::2]
+    found = [level.sigma / level.alpha for level in grid[1:-1]]
+    gaps = [levels[level.time + 1].sigma / levels[level.time + 1].alpha - noise for level, noise in zip(grid[1:-1], found)]
+    assert grid[0] is levels[-1] and grid[-1] is CLEAN
+    assert all(noise <= wanted < noise + gap for noise, gap, wanted in zip(found, gaps, expected))
+
+
+@GRIDS
+@BOTH
+@pytest.mark.parametrize("timesteps", [2, 10, 1000])
+def test_grids_descend_and_reach_all_levels(grid, schedule, timesteps):
+    levels = diffusion.noise_levels(schedule, timesteps)
+    for steps in {1, 2, timesteps // 2, timesteps - 1, timesteps} - {0}:
+        times = [level.time for level in grid(levels, steps)]
+        assert len(times) == steps + 1 and times[0] == timesteps - 1 and times[-1] == -1
+        assert all(then < now for now, then in itertools.pairwise(times))
+    assert grid(levels, timesteps) == [*reversed(levels), CLEAN]
+
+
+@GRIDS
 @pytest.mark.parametrize("steps", [0, -1, 11])
-def test_impossible_grids_are_refused(steps):
+def test_impossible_grids_are_refused(grid, steps):
     with pytest.raises(ValueError, match=r"1\.\.10"):
-        diffusion.time_grid(diffusion.noise_levels("cosine", 10), steps)
+        grid(diffusion.noise_levels("cosine", 10), steps)
 
 
 @BOTH
