@@ -42,13 +42,21 @@ class Level(NamedTuple):
     sigma: float
 
     @property
+    def noise_to_signal(self) -> float:
+        """sigma / alpha, which Karras et al. (2022) call sigma: 0 for a clean image."""
+        return self.sigma / self.alpha
+
+    @property
     def half_log_snr(self) -> float:
         """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio; infinite for a clean image."""
         return math.log(self.alpha / self.sigma) if self.sigma else math.inf
 
 
 CLEAN = Level(-1, 1.0, 0.0)
-NOISE_RANGE, RHO = (12.0, 0.15), 7  # of `noise_grid`: sigma / alpha, and the root that is evenly spaced
+NOISE_RANGE, RHO = (12.0, 0.08), 7  # of `noise_grid`: noise-to-signal ratios, and the root that is evenly spaced
+# The noise-to-signal ratios at which guidance acts. Where there is more noise it makes all samples of a digit alike, where
+# there is less it has nothing left to decide (Kynkäänniemi et al. 2024, arXiv 2404.07724).
+GUIDANCE_RANGE = (0.25, 2.0)
 
 
 def betas(schedule: str, timesteps: int) -> Tensor:
@@ -104,7 +112,7 @@ def noise_grid(levels: list[Level], steps: int) -> list[Level]:
     grid = [levels[time]]
     for i in range(1, steps):  # the middle of each of steps - 1 parts
         noise = (coarse + (i - 0.5) / (steps - 1) * (fine - coarse)) ** RHO
-        below = bisect.bisect_right(levels, noise, key=lambda level: level.sigma / level.alpha) - 1
+        below = bisect.bisect_right(levels, noise, key=lambda level: level.noise_to_signal) - 1
         time = max(min(below, time - 1), steps - 1 - i)  # each once, and one left for each of those to come
         grid.append(levels[time])
     return [*grid, CLEAN]
@@ -113,6 +121,12 @@ def noise_grid(levels: list[Level], steps: int) -> list[Level]:
 def _check_steps(levels: list[Level], steps: int) -> None:
     if not 1 <= steps <= len(levels):
         raise ValueError(f"steps must lie in 1..{len(levels)}, the number of timesteps, not {steps}")
+
+
+def evaluations(level: Level, guidance: float) -> int:
+    """Network evaluations that an estimate at `level` takes: two where guidance acts, else one."""
+    acts = guidance not in (0, 1) and GUIDANCE_RANGE[0] <= level.noise_to_signal <= GUIDANCE_RANGE[1]
+    return 2 if acts else 1
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -234,6 +248,11 @@ def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Genera
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm-solver++": dpm_solver}
 GRIDS = {"ddpm": time_grid, "ddim": noise_grid, "dpm-solver++": noise_grid}
+
+
+def evaluations_per_image(levels: list[Level], sampler: str, steps: int, guidance: float) -> int:
+    """Network evaluations that sampling an image takes; errors as of `GRIDS`."""
+    return sum(evaluations(level, guidance) for level in GRIDS[sampler](levels, steps)[:-1])
 
 
 def _normal_like(x: Tensor, rng: torch.Generator) -> Tensor:

@@ -165,8 +165,13 @@ class Job(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Network evaluations per image."""
-        guided = self.sampling.get("guidance", 1) not in (0, 1)
-        return self.sampling.get("steps", 1) * (2 if guided else 1)
+        if not self.generator.SAMPLE_OPTIONS:
+            return 1
+        from diffusion import evaluations_per_image
+
+        sampling = self.sampling
+        guidance = sampling.get("guidance", 1.0)
+        return evaluations_per_image(self.generator.levels, sampling["sampler"], sampling["steps"], guidance)
 
 
 def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:

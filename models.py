@@ -27,7 +27,7 @@ from utils import autocast
 NORMS = ("batch", "spectral", "none")
 PRECISIONS = ("fp32", "bf16")
 DEFAULT_STEPS = 15  # of the fast samplers
-DEFAULT_ETA = 2.0  # of DPM-Solver++; both by benchmarks/samplers.py
+DEFAULT_ETA = 1.5  # of DPM-Solver++; both by benchmarks/samplers.py
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
 
@@ -277,12 +277,13 @@ class DDPM(nn.Module):
         """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
 
         Guidance w combines the predictions for the labels, c, and for the null class, u, as u + w (c - u) (Ho & Salimans
-        2022, eq. 6, whose w is ours minus 1): 1 is plain conditional, 0 unconditional; others cost two evaluations.
+        2022, eq. 6, whose w is ours minus 1): 1 is plain conditional, 0 unconditional. Others cost two evaluations in
+        diffusion.GUIDANCE_RANGE, and are plain conditional outside of it.
         """
         time = torch.full((len(x),), level.time, device=x.device)
         null = torch.full_like(labels, self.config.num_classes)
-        if guidance in (0, 1):
-            output = self(x, time, labels if guidance else null)
+        if diffusion.evaluations(level, guidance) == 1:
+            output = self(x, time, null if guidance == 0 else labels)
         else:
             both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([null, labels]))
             output = torch.lerp(*both.chunk(2), guidance)
@@ -310,7 +311,7 @@ class DDPM(nn.Module):
             labels: int64 [n], the classes to draw; None draws from the null class, as an unconditional model.
             rng: CPU generator of all randomness; None uses torch's global one.
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
-            steps: network evaluations (pairs of them with guidance); by default 15, and every timestep for `ddpm`.
+            steps: network evaluations (pairs of them where guidance acts); by default 15, and every timestep for `ddpm`.
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
             eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` at most 10, and by
                 default DEFAULT_ETA; of `ddim` at most 1, and by default 0.

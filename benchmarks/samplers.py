@@ -25,6 +25,7 @@ import charts
 import data
 import flags
 from checkpoint import file_sha256, load_generator
+from diffusion import evaluations, evaluations_per_image
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
 from models import DEFAULT_ETA, DEFAULT_STEPS
@@ -41,8 +42,8 @@ def main() -> None:
     flag("--model", default="checkpoints/best_DIFF.pt", help="checkpoint of a diffusion model")
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
     flag("--steps", type=flags.positive_int, nargs="+", default=[5, 10, 15, 20, 50], help="of the fast samplers")
-    flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, 2.0], help="noise of DPM-Solver++")
-    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.3, 1.6], help="for digits on demand")
+    flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, DEFAULT_ETA], help="noise of DPM-Solver++")
+    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="for digits on demand")
     flag("--seeds", type=flags.positive_int, default=3, help="seeds of the fast samplers and of 100 ancestral steps")
     flag("--full-seeds", type=flags.natural, default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -63,8 +64,8 @@ def main() -> None:
     rows = [row for row in read_rows(table) if row["checkpoint"] == head["checkpoint"]]
     done = {identity(row) for row in rows}
     jobs = [job for job in wanted if identity(job) not in done]
-    total = sum(args.n * int(job["steps"]) * evaluations(job) for job in jobs)
-    with tqdm(total=total, unit="eval", unit_scale=True, smoothing=0, disable=None) as bar:
+    costs = [evaluations_per_image(model.levels, job["sampler"], int(job["steps"]), float(job["guidance"])) for job in jobs]
+    with tqdm(total=args.n * sum(costs), unit="eval", unit_scale=True, smoothing=0, disable=None) as bar:
         for job in jobs:
             figures = score(model, digits, extractor, args.n, job, bar)
             rows.append({**job, **{name: f"{figures[name]:.6g}" if name in figures else "" for name in FIGURES}})
@@ -97,15 +98,10 @@ def identity(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[name] for name in KEY)
 
 
-def evaluations(job: dict[str, str]) -> int:
-    """Network evaluations in a step."""
-    return 1 if float(job["guidance"]) in (0, 1) else 2
-
-
 def score(model, digits: data.Digits, extractor: Extractor, n: int, job: dict[str, str], bar) -> dict[str, float]:
     options = {"sampler": job["sampler"], "steps": int(job["steps"])}
     options |= {"precision": job["precision"], **{name: float(job[name]) for name in ("eta", "guidance")}}
-    options["watch"] = lambda x, level: bar.update(len(x) * evaluations(job))
+    options["watch"] = lambda x, level: bar.update(len(x) * evaluations(level, options["guidance"]))
     scorer = training_scorer(digits, extractor, n, int(job["seed"]), job["drawn"] == "on demand", options)
     return scorer(model)
 

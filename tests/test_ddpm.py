@@ -232,10 +232,28 @@ def test_guidance_goes_along_the_line_through_both_noise_estimates(guidance, pre
 def test_guidance_0_and_1_cost_one_evaluation():
     network, sizes = small("ddpm"), []
     network.unet.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
-    for guidance, evaluations in ((0.0, 1), (1.0, 1), (1.5, 2)):
+    for guidance in (0.0, 1.0):
         sizes.clear()
         draw(network, 4, [1, 2, 3, 4], guidance=guidance)
-        assert sizes == [4 * evaluations] * 5
+        assert sizes == [4] * 5
+        assert diffusion.evaluations_per_image(network.levels, "dpm-solver++", 5, guidance) == 5
+
+
+def test_guidance_acts_at_middle_noise():
+    """Two evaluations within the range, ends included; outside of it, and for no other guidance, the labels alone."""
+    network, sizes, levels = small("ddpm").eval(), [], []
+    low, high = diffusion.GUIDANCE_RANGE
+    network.unet.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    draw(network, 4, [1, 2, 3, 4], guidance=1.5, watch=lambda x, level: levels.append(level))
+    inside = [low <= level.sigma / level.alpha <= high for level in levels]
+    assert sizes == [8 if acts else 4 for acts in inside] and 0 < sum(inside) < 5
+    assert diffusion.evaluations_per_image(network.levels, "dpm-solver++", 5, 1.5) == 5 + sum(inside)
+    x, labels = torch.randn(4, 1, 28, 28), torch.arange(4)
+    for noise, acts in ((low * 0.99, False), (low, True), (high, True), (high * 1.01, False)):
+        level = diffusion.Level(20, alpha := (1 + noise**2) ** -0.5, alpha * noise)
+        with torch.no_grad():
+            guided, plain = (network.denoise(x, level, labels, guidance) for guidance in (3.0, 1.0))
+        assert torch.equal(guided, plain) != acts
 
 
 @pytest.mark.parametrize("sampler", DETERMINISTIC)
@@ -298,7 +316,7 @@ def test_an_unconditional_model_cannot_be_guided():
 def test_the_options_in_full():
     network = small("ddpm")
     assert network.sample_options() == {
-        "sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 2.0, "precision": "fp32",
+        "sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 1.5, "precision": "fp32",
     }  # fmt: skip
     assert network.sample_options(sampler="ddim")["eta"] == 0
     assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50
