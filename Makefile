@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+PRECISION ?= bf16# of the diffusion model's evaluations in `make results`: fp32 where the device has no bf16 units
 
-.PHONY: help demo install test lint clean
+.PHONY: help demo install test lint results clean
 
 help:
 	@echo "make demo   install, draw digits from the shipped weights, train a DCGAN for a minute"
 	@echo "make test   install the test requirements, run the whole suite"
 	@echo "make lint   check style and format"
+	@echo "make results  measure and draw everything in reports/, samples/ and the READMEs again, from the shipped checkpoints"
 	@echo "make clean  remove .venv, runs and caches"
 
 demo: install
@@ -23,6 +25,15 @@ test: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+results: install
+	$(BIN)/python evaluate.py --precision $(PRECISION) --out-dir reports
+	$(BIN)/python benchmarks/samplers.py --precision $(PRECISION)
+	$(BIN)/python benchmarks/pitfalls.py
+	$(BIN)/python benchmarks/self_check.py
+	$(BIN)/python infer.py --denoising-gif samples/diffusion_denoising.gif
+	$(BIN)/python inference.py
+	$(BIN)/python report.py
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=...")'

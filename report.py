@@ -21,6 +21,7 @@ from utils import ExpectedError, atomic_path, run_script
 
 HERE = Path(__file__).parent
 TEMPLATE, DISCUSSION, README = HERE / "report.html.jinja", HERE / "discussion.jinja", HERE / "README.md"
+PORTUGUESE, PORTUGUESE_NAME = HERE / "results.pt-BR.jinja", "README.pt-BR.md"
 LOGS = {"DCGAN": "gan_training_log.csv", "conditional DCGAN": "cgan_training_log.csv",
         "diffusion, first run": "diffusion_pretraining_log.csv",
         "diffusion, fine-tuned": "diffusion_training_log.csv"}  # fmt: skip
@@ -60,8 +61,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag = parser.add_argument
     flag("--reports", type=Path, default=Path("reports"), help="folder of the figures, and of what is drawn from them")
     flag("--samples", type=Path, default=Path("samples"), help="folder of the pictures and GIFs")
-    flag("--readme", type=Path, default=None, help="the file whose results section is rewritten (default: this project's, "
-         "where --reports and --samples are its own)")  # fmt: skip
+    flag("--readme", type=Path, default=None, help="the file whose results section is rewritten, with that of the "
+         f"{PORTUGUESE_NAME} beside it (default: this project's, where --reports and --samples are its own)")  # fmt: skip
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...: draws the samples")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     args = parser.parse_args(argv)
@@ -87,6 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.readme:
         write_readme(args.readme, results(measured, paragraphs))
         print(f"wrote the results in {args.readme}")
+        if (translated := args.readme.with_name(PORTUGUESE_NAME)).exists():
+            write_readme(translated, render(PORTUGUESE, measured))
+            print(f"wrote the results in {translated}")
 
 
 class Measured(NamedTuple):
@@ -272,7 +276,13 @@ def cells_of(row: Row, figures: list[tuple[str, str, int, float]]) -> list[str]:
 
 
 def discussion(measured: Measured) -> list[tuple[str, str]]:
-    """What the figures say: (title, text) of each paragraph, the figures filled in from the files.
+    """What the figures say: (title, text) of each paragraph; errors as of `render`."""
+    parts = (" ".join(part.split()) for part in render(DISCUSSION, measured).split("\n\n"))
+    return [(title, rest.strip()) for title, _, rest in (part.partition(": ") for part in parts if part)]
+
+
+def render(template: Path, measured: Measured) -> str:
+    """A text with the figures filled in from the files.
 
     Raises:
         ExpectedError: a model, mistake or sampler that the text speaks of was not measured.
@@ -296,13 +306,11 @@ def discussion(measured: Measured) -> list[tuple[str, str]]:
         "sampler_n": int(measured.samplers[0]["n"]),
     }
     try:
-        text = environment.from_string(DISCUSSION.read_text()).render(known)
+        return environment.from_string(template.read_text()).render(known).strip()
     except (jinja2.UndefinedError, TypeError) as error:
         raise ExpectedError(
-            f"{DISCUSSION.name} speaks of what was not measured ({error}); run the README's commands"
+            f"{template.name} speaks of what was not measured ({error}); run the README's commands"
         ) from error
-    parts = (" ".join(part.split()) for part in text.split("\n\n"))
-    return [(title, rest.strip()) for title, _, rest in (part.partition(": ") for part in parts if part)]
 
 
 def level(ours: Row, theirs: Row) -> bool:

@@ -1,18 +1,19 @@
-"""How fast is a diffusion training step? Ours against Hugging Face diffusers' UNet2DModel of like size.
+"""How fast is a diffusion training step, and an evaluation in sampling? Ours against Hugging Face diffusers' UNet2DModel of
+like size.
 
 Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedding, and parameters and FLOPs that differ by
 1 % (printed; theirs takes odd widths to match). Theirs is trained as their unconditional example does: noise by
 DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` with the fused optimizer and the
-EMA. Both get the same tensor-resident batches. All in one process: first theirs as it comes, then all in turn. Needs
-requirements-dev.txt.
+EMA. Both get the same tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of
+125 images. All in one process: first theirs as it comes, then all in turn. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
-import statistics
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from training import TrainState
 from utils import autocast, choose_device, run_script
 
 LIKE_OURS = ", our allocator settings"
+CHUNK = 125  # images in an evaluation, as in `DDPM.sample`
 
 
 def main() -> None:
@@ -42,10 +44,10 @@ def main() -> None:
     data_dir = args.data_dir or data.default_data_dir()
 
     # Theirs as it comes: `choose_device` changes the allocator's settings for the whole process
-    rates = {}
+    timed = {}
     if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
         digits = data.load_digits("mnist", "train", data_dir)
-        rates |= measure(args, {"diffusers, fp32": their_loop(args, digits, "fp32")})
+        timed |= measure(args, {"diffusers, fp32": their_loop(args, digits, "fp32")})
     device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", data_dir, device)
     loops = {}
@@ -55,16 +57,23 @@ def main() -> None:
             f"ours, {precision}": our_loop(args, digits, precision, muon_lr=1e-4),
             f"ours with Adam alone, {precision}": our_loop(args, digits, precision, muon_lr=0),
         }
-    rates |= measure(args, loops)
+    timed |= measure(args, loops)
+    sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK})
+    evaluations = {
+        f"{name}, {precision}": evaluation_loop(network(device), device, precision)
+        for precision in precisions(device)
+        for name, network in (("diffusers", their_network), ("ours", our_network))
+    }
+    evaluated = measure(sampling, evaluations)
 
     for name, network in (("ours", our_network(device)), ("diffusers", their_network(device))):
         parameters, gflop = size_of(network, device)
         print(f"{name}: {parameters:.3f} million parameters, {gflop:.3f} GFLOP forward")
-    report(args, device, rates, "EMA, gradient clip and optimizer included")
+    report(args, device, timed, "EMA, gradient clip and optimizer included")
     for precision in precisions(device):
-        ours = statistics.median(rates[f"ours, {precision}"])
-        theirs = statistics.median(rates[f"diffusers, {precision}{LIKE_OURS}"])
+        ours, theirs = (timed[name].rate for name in (f"ours, {precision}", f"diffusers, {precision}{LIKE_OURS}"))
         print(f"ours / diffusers with our allocator settings, {precision}: {ours / theirs:.2f}")
+    report(sampling, device, evaluated, "one evaluation in sampling")
 
 
 def batches(args, digits):
@@ -123,6 +132,17 @@ def our_loop(args, digits, precision: str, muon_lr: float):
     for images, labels in batches(args, digits):
         state.count(step(images, labels), len(images))
         ema.after_step(state)
+        yield
+
+
+def evaluation_loop(network, device, precision: str):
+    """One evaluation of the network each time the iterator is advanced."""
+    x, time = torch.randn(CHUNK, 1, 28, 28, device=device), torch.full((CHUNK,), 500, device=device)
+    labels = torch.arange(CHUNK, device=device) % data.NUM_CLASSES
+    network.eval()
+    while True:
+        with torch.no_grad(), autocast(device, precision):
+            network(x, time, labels)
         yield
 
 

@@ -1,10 +1,12 @@
-"""What the benchmarks share: timing loops in turn, printing their rates beside the first one's, sizes of networks."""
+"""What the benchmarks share: timing loops in turn, printing their rates beside the first one's and beside what the device
+can multiply, sizes of networks."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -25,12 +27,28 @@ def precisions(device: torch.device) -> list[str]:
     return ["fp32", "bf16"] if has_bf16(device) else ["fp32"]
 
 
-def measure(args, loops: dict[str, Iterator]) -> dict[str, list[float]]:
-    """Images/s of each loop in each repeat, the loops in turn, after one repeat to warm up.
+class Timed(NamedTuple):
+    """A loop's images/s in each repeat, and the GFLOP that a step of it takes for an image."""
 
-    A loop takes one training step each time it is advanced.
+    rates: list[float]
+    gflop: float
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
+    """Each loop timed in each repeat, the loops in turn, after a repeat to warm up and to count its FLOPs.
+
+    A loop takes one training step each time it is advanced. Counted are its convolutions and matrix products.
     """
     rates: dict[str, list[float]] = {name: [] for name in loops}
+    gflop = {}
+    for name, loop in loops.items():
+        with FlopCounterMode(display=False) as counter:
+            next(loop)
+        gflop[name] = counter.get_total_flops() / args.batch_size / 1e9
     for repeat in range(args.repeats + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
@@ -40,17 +58,38 @@ def measure(args, loops: dict[str, Iterator]) -> dict[str, list[float]]:
                 torch.cuda.synchronize()
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
-    return rates
+    return {name: Timed(rates[name], gflop[name]) for name in loops}
 
 
-def report(args, device, rates: dict[str, list[float]], what: str) -> None:
-    """Print the median rate of each loop, its range, and its ratio to the first loop's."""
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """GFLOP/s of a large matrix product: the fastest of several."""
+    size, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def report(args, device, loops: dict[str, Timed], what: str) -> None:
+    """Print each loop's median rate, its range, its ratio to the first loop's, and its part of what the device can multiply.
+
+    A loop's precision is fp32, or bf16 where its name says so.
+    """
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, {what}, "
           f"batch {args.batch_size}, {args.repeats} x {args.steps} steps")  # fmt: skip
-    base = statistics.median(next(iter(rates.values())))
-    for name, values in rates.items():
-        median = statistics.median(values)
-        print(f"{name:42s} {median:7.0f} img/s  ({min(values):.0f} to {max(values):.0f})   x {median / base:.2f}")
+    peaks = {precision: matmul_peak(device, precision) for precision in precisions(device)}
+    print("matrix product: " + ", ".join(f"{peak:,.0f} GFLOP/s in {precision}" for precision, peak in peaks.items()))
+    base = next(iter(loops.values())).rate
+    for name, loop in loops.items():
+        achieved, peak = loop.rate * loop.gflop, peaks["bf16" if "bf16" in name else "fp32"]
+        spread = f"({min(loop.rates):.0f} to {max(loop.rates):.0f})"
+        print(f"{name:42s} {loop.rate:7.0f} img/s  {spread}   x {loop.rate / base:.2f}   "
+              f"{loop.gflop:.2f} GFLOP an image: {achieved:,.0f} GFLOP/s, {achieved / peak:.0%} of peak")  # fmt: skip
 
 
 def size_of(network: nn.Module, device: torch.device) -> tuple[float, float]:

@@ -49,17 +49,17 @@ def main() -> None:
     data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
 
     # The plain loop as it comes: `choose_device` changes the allocator's settings for the whole process
-    rates = {}
+    timed = {}
     if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        rates |= measure(args, {"plain loop, fp32": plain_loop(args, torch.device("cpu"))})
+        timed |= measure(args, {"plain loop, fp32": plain_loop(args, torch.device("cpu"))})
     device = choose_device(args.device)
     loops = {
         "plain loop, fp32, our allocator settings": plain_loop(args, device),
         **{f"ours, {precision}, EMA": our_loop(args, device, precision) for precision in precisions(device)},
     }
-    rates |= measure(args, loops)
+    timed |= measure(args, loops)
 
-    report(args, device, rates, f"width {args.width}, {args.loss}")
+    report(args, device, timed, f"width {args.width}, {args.loss}")
 
 
 def networks(args, device) -> tuple[nn.Module, nn.Module]:

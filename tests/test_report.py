@@ -27,7 +27,8 @@ def folder(tmp_path_factory):
     for name in ("metrics.json", "samplers.csv", "pitfalls.csv"):
         text = (folder / "reports" / name).read_text().replace("checkpoints/best_DIFF.pt", str(tiny))
         (folder / "reports" / name).write_text(text.replace(old, new).replace(old[:16], new[:16]))
-    (folder / "README.md").write_text(f"before\n{MARKS[0]}\nan older table\n{MARKS[1]}\nafter\n")
+    for name in ("README.md", "README.pt-BR.md"):
+        (folder / name).write_text(f"before\n{MARKS[0]}\nan older table\n{MARKS[1]}\nafter\n")
     return folder
 
 
@@ -92,6 +93,9 @@ def test_the_readme_gets_the_figures(report, folder):
         assert f"| {row['model']} | {mistake} | {int(row['n']):,} | {float(row['fid']):,.2f} | " in text
     accuracy = next(line for line in text.splitlines() if line.startswith("| label accuracy"))
     assert "|  |  |" in accuracy  # the DCGAN and the unconditional diffusion model have none
+    portuguese = (folder / "README.pt-BR.md").read_text()
+    assert portuguese.startswith("before\n") and portuguese.endswith("\nafter\n") and "an older table" not in portuguese
+    assert fid.replace(".", ",") in portuguese and len(re.findall(r"^\*\*", portuguese, re.M)) == 4
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,8 @@ def test_the_readme_is_what_the_report_writes():
     measured = report["read"](ROOT / "reports")
     section = report["results"](measured, report["discussion"](measured))
     assert f"{report['BEGIN']}\n{section}\n{report['END']}" in readme
+    section = report["render"](report["PORTUGUESE"], measured)
+    assert f"{report['BEGIN']}\n{section}\n{report['END']}" in (ROOT / report["PORTUGUESE_NAME"]).read_text()
     pictures = [f"samples/{title}_progress.gif" for title in EXPORTS]
     for name in [*pictures, "samples/infer_side_by_side.png", "samples/diffusion_denoising.gif"]:
         assert name in readme and (ROOT / name).stat().st_size > 10_000
