@@ -10,7 +10,7 @@ help:
 	@echo "make demo   install, draw digits from the shipped weights, train a DCGAN for a minute"
 	@echo "make test   install the test requirements, run the whole suite"
 	@echo "make lint   check style and format"
-	@echo "make results  measure and draw everything in reports/, samples/ and the READMEs again, from the shipped checkpoints"
+	@echo "make results  measure and draw reports/, samples/ and the READMEs' results, from the shipped checkpoints"
 	@echo "make clean  remove .venv, runs and caches"
 
 demo: install

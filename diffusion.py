@@ -100,8 +100,7 @@ def time_grid(levels: list[Level], steps: int) -> list[Level]:
 def noise_grid(levels: list[Level], steps: int) -> list[Level]:
     """As `time_grid`, but after the coarsest level evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
 
-    More of the steps fall to the noise in which it is decided what a sample shall be. Large steps there make too few of the
-    digits with much ink: the mean of the estimates of x0, which should stay what it is, falls with every one.
+    More of the steps fall to the noise in which it is decided what a sample shall be, where large ones cost the most.
 
     Raises:
         ValueError: no step, or more steps than times.
