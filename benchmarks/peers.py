@@ -43,6 +43,7 @@ def main() -> None:
     parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--peers", nargs="+", choices=PEERS, default=[*PEERS], help="whom to compare")
+    flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="of ours (default: fp32, and bf16 where it is fast)")
     flag("--minutes", type=flags.positive_float, default=20.0, help="of training for each")
     flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
     flag("--steps", type=flags.positive_int, default=50, help="of DDIM, in the sampling")
@@ -57,7 +58,7 @@ def main() -> None:
     extractor, rows = Extractor(device), []
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
     for name in args.peers:
-        for precision in precisions(device) if name == "ours" else ["fp32"]:
+        for precision in (args.precisions or precisions(device)) if name == "ours" else ["fp32"]:
             rows.append({"peer": name, "precision": precision, **measure(args, PEERS[name], precision, digits, scorer)})
             print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                             for key, value in rows[-1].items()), flush=True)  # fmt: skip
