@@ -164,26 +164,37 @@ def gradient_penalty(logit: Tensor, images: Tensor) -> Tensor:
 def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str, title: str) -> None:
     """Train the GAN called `name` in the registry: the whole of train_gan.py and train_cgan.py but their flags."""
     run = Experiment(args, prefix, title)
-    loss = LOSSES[args.loss]
-    if loss.penalty and args.compile == "on":
+    if LOSSES[args.loss].penalty and args.compile == "on":
         raise UsageError(f"--compile on has no double backward, which --loss {args.loss} needs; use --compile off")
-
     try:
-        generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
-        discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
+        networks, optimizers, step = assemble(args, run.state, run.device, run.precision, name, num_classes)
     except ValueError as error:
         raise UsageError(f"{error}; choose another value") from error
+    if args.compile == "on":
+        for network in networks.values():
+            network.compile()
+    generator, discriminator = networks.values()
+    exports = {"G": (name, generator), "D": (f"{name}_discriminator", discriminator)}
+    run.train(step, generator, networks, optimizers, exports, guessing=step.loss_of_guessing())
+
+
+def assemble(
+    args: argparse.Namespace, state: TrainState, device: torch.device, precision: str, name: str, num_classes: int
+) -> tuple[dict[str, nn.Module], dict[str, torch.optim.Optimizer], GANStep]:
+    """The generator and discriminator, the optimizers and the update that the trainer's flags describe, on a device.
+
+    Raises:
+        ValueError: the networks cannot be built so.
+    """
+    loss = LOSSES[args.loss]
+    generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
+    discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
     networks = {"generator": generator, "discriminator": discriminator}
     for network in networks.values():
-        network.to(run.device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
-        if args.compile == "on":
-            network.compile()
-
+        network.to(device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
     betas = (args.beta1, 0.999)
     optimizers = {
         "lr": torch.optim.Adam(generator.parameters(), lr=args.lr, betas=betas, fused=True),
         "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr, betas=betas, fused=True),
     }
-    step = GANStep(generator, discriminator, optimizers, loss, run.state, args.seed, run.precision)
-    exports = {"G": (name, generator), "D": (f"{name}_discriminator", discriminator)}
-    run.train(step, generator, networks, optimizers, exports, guessing=step.loss_of_guessing())
+    return networks, optimizers, GANStep(generator, discriminator, optimizers, loss, state, args.seed, precision)

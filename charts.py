@@ -20,6 +20,7 @@ STYLES = {  # model -> label, colour, marker, hatch
     "cdcgan": ("conditional DCGAN", "#d55e00", "D", "\\\\"),
     "ddpm, by digit": ("DDPM, by digit", "#56b4e9", "^", ".."),
 }
+ABLATION_TITLES = {"gan": "DCGAN", "cgan": "conditional DCGAN", "diffusion": "DDPM"}
 Rows = list[dict]
 
 
@@ -158,4 +159,33 @@ def sampler_curve(path: str | os.PathLike, curves: dict[str, dict[int, tuple[flo
     axes.minorticks_off()
     axes.set_title(f"Quality against cost ({caption}; bars: deviation over seeds)", fontsize=10)
     axes.legend(frameon=False)
+    write_figure(path, figure)
+
+
+def ablation(path: str | os.PathLike, rows: Rows) -> None:
+    """FID ratio of every recipe, a mark for each seed, best mean first: a panel for each model, and each way of drawing.
+
+    Args:
+        rows: `model`, `recipe`, `fid_ratio`, and for models that draw in two ways `fid_ratio_asked`, else nan.
+    """
+    panels = {}
+    for row in rows:
+        for name, way in (("fid_ratio", ""), ("fid_ratio_asked", ", by digit")):
+            if not np.isnan(row[name]):
+                panels.setdefault(ABLATION_TITLES[row["model"]] + way, {}).setdefault(row["recipe"], []).append(row[name])
+    heights = [len(recipes) + 2 for recipes in panels.values()]
+    figure = Figure(figsize=(6.4, 0.22 * sum(heights) + 0.4), dpi=150, layout="constrained")
+    grid = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+    for axes, (title, recipes) in zip(grid, panels.items()):
+        order = sorted(recipes, key=lambda recipe: np.mean(recipes[recipe]), reverse=True)
+        for position, recipe in enumerate(order):
+            values, default = recipes[recipe], recipe == "defaults"
+            axes.plot(values, [position] * len(values), "D" if default else "o", color="#d55e00" if default else "#0072b2")
+            axes.plot(np.mean(values), position, "|", color="black", markersize=12)
+        if "defaults" in recipes:
+            axes.axvline(np.mean(recipes["defaults"]), color="#d55e00", linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(order)), order, fontsize=8)
+        axes.set(xscale="log")
+        axes.set_title(title, fontsize=10)
+    grid[-1].set_xlabel("FID / FID of real digits (a mark for each training seed, a bar at their mean)")
     write_figure(path, figure)

@@ -1,114 +1,160 @@
-"""Which recipe makes most of a given time? Each is trained for the same minutes, then scored in both ways.
+"""Which recipe makes most of a given time? Each is trained for the same minutes, then scored, with every seed.
 
-A recipe is what differs from the defaults of train_diffusion.py, as `name=value` pairs: width=24, or "muon_lr=0 lr=1e-3".
-The number of steps that fit into the time is estimated from a few timed ones, and the learning rates follow the trainer's
-schedule over them. Scored is the EMA, as the monitor does: without labels (`fid`), and asked for digits (`fid_asked`).
-Results go to reports/ablation.csv, each as soon as it is known; do nothing else on the machine meanwhile.
+A recipe is what differs from the defaults of the model's trainer, as `name=value` pairs: width=24, or "muon_lr=0 lr=1e-3";
+`no_ema` is a switch; "defaults" differs in nothing. The number of steps that fit into the time is estimated from a few timed
+ones, and the learning rates follow the trainer's schedule over them. Scored is the EMA, as the monitor does: the GANs with
+their own labels, a diffusion model without labels (`fid`) and asked for digits (`fid_asked`).
 
-    python benchmarks/ablation.py --minutes 10
-    python benchmarks/ablation.py --minutes 5 --seeds 3 --recipes defaults "muon_lr=0 lr=1e-3" label_dropout=0.2
+Results go to reports/ablation.csv, each as soon as it is known, and the chart to ablation.png beside it; rows that are there
+already are not measured again. Do nothing else on the machine meanwhile.
+
+    python benchmarks/ablation.py --model gan --minutes 5
+    python benchmarks/ablation.py --model diffusion --minutes 10 --recipes defaults "muon_lr=0 lr=1e-3" label_dropout=0.2
 """
 
 from __future__ import annotations
 
+import csv
 import itertools
+import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import size_of
+from torch import nn
 
+import adversarial
+import charts
 import data
+import denoising
 import flags
+import train_cgan
+import train_diffusion
+import train_gan
 from callbacks import EMA, ScheduledLR
-from denoising import assemble
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
-from train_diffusion import parse_args
 from training import TrainState
-from utils import ExpectedError, choose_device, resolve_precision, run_script, write_csv
+from utils import ExpectedError, choose_device, has_bf16, run_script, write_csv
 
-RECIPES = ["defaults", "muon_lr=0", "width=8", "width=24", "time_power=1", "label_dropout=0.5"]
+GAN_RECIPES = ["defaults", "loss=bce", "loss=relativistic", "no_ema", "ema_decay=0.99", "beta1=0.5", "lr=2e-4 d_lr=6e-4",
+               "lr=5e-4 d_lr=5e-4", "lr_schedule=constant", "width=16", "width=64", "batch_size=64"]  # fmt: skip
+RECIPES = {
+    "gan": GAN_RECIPES,
+    "cgan": GAN_RECIPES,
+    "diffusion": ["defaults", "schedule=linear", "prediction=eps", "time_power=1", "stable_targets=0", "label_dropout=0.3",
+                  "label_dropout=0.5", "no_ema", "ema_decay=0.99", "lr_schedule=constant", "muon_lr=0",
+                  "width=8", "width=24", "batch_size=128"],
+}  # fmt: skip
+PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusion": train_diffusion.parse_args}
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
+KEY = ("model", "recipe", "seed", "minutes", "device", "precision", "n")  # of a row
 TIMED_STEPS = 15
-# What a recipe may set: the rest of the trainer's flags has no effect here
-KNOBS = {"width", "timesteps", "schedule", "prediction", "time_power", "stable_targets", "label_dropout", "lr", "muon_lr",
-         "grad_clip", "batch_size", "warmup_steps", "ema_decay", "precision",
-         "sampler", "steps", "eta", "guidance"}  # fmt: skip
+# What a recipe may set: the rest of a trainer's flags has no effect here
+SHARED_KNOBS = {"width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size"}
+GAN_KNOBS = SHARED_KNOBS | {"latent_dim", "loss", "beta1", "d_lr"}
+DIFFUSION_KNOBS = SHARED_KNOBS | {"timesteps", "schedule", "prediction", "time_power", "stable_targets", "label_dropout",
+                                  "muon_lr", "grad_clip", "sampler", "steps", "eta", "guidance"}  # fmt: skip
 
 
 def main() -> None:
     parser = flags.ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--recipes", nargs="+", default=RECIPES, help="what to compare, see above")
-    flag("--minutes", type=flags.positive_float, default=10.0, help="of training for each recipe")
-    flag("--seeds", type=flags.positive_int, default=1, help="training seeds of each recipe")
+    flag("--model", choices=PARSERS, default="diffusion", help="whose trainer's defaults to start from")
+    flag("--recipes", nargs="+", default=None, help="what to compare, see above (default: a list for each model)")
+    flag("--minutes", type=flags.positive_float, default=5.0, help="of training for each recipe")
+    flag("--seeds", nargs="+", type=flags.seed_number, default=[0, 1], help="training seeds of each recipe")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples in a scoring: a size whose floor is known")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--out", type=Path, default=Path("reports/ablation.csv"), help="the table to write")
     args = parser.parse_args()
 
     device = choose_device(args.device)
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(device) else "fp32"
+    recipes = {text: trainer_args(args.model, text) for text in args.recipes or RECIPES[args.model]}
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
-    extractor, rows = Extractor(device), []
-    for recipe, seed in itertools.product([(text, trainer_args(text)) for text in args.recipes], range(args.seeds)):
-        text, trainer = recipe
-        state, network, precision = train(trainer, digits, args.minutes, seed)
-        options = {name: getattr(trainer, name) for name in ("sampler", "steps", "eta", "guidance")}
-        options["precision"] = precision
-        scorer = training_scorer(digits, extractor, args.n, 0, conditional=True, options=options, two_way=True)
-        parameters, gflop = size_of(network, device)
-        start = time.perf_counter()
-        figures = scorer(network)
-        rows.append({
-            "recipe": text, "seed": seed, "minutes": state.seconds / 60, "device": str(device), "precision": precision,
-            "parameters_m": parameters, "gflop": gflop, "steps": state.step,
-            "images_per_second": state.images / state.seconds,
-            "samples_per_second": 2 * args.n / (time.perf_counter() - start), "n": args.n,
-            **{name: figures[name] for name in FIGURES},
-        })  # fmt: skip
+    extractor, rows = Extractor(device), read_rows(args.out)
+    done = {tuple(row[name] for name in KEY) for row in rows}
+    for seed, (text, trainer) in itertools.product(args.seeds, recipes.items()):
+        key = (args.model, text, str(seed), f"{args.minutes:g}", str(device), args.precision, str(args.n))
+        if key in done:
+            continue
+        rows.append(dict(zip(KEY, key)) | measure(args, trainer, digits, extractor, seed))
         write_csv(args.out, rows)
         print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                         for name, value in rows[-1].items()), flush=True)  # fmt: skip
-    print(f"wrote {args.out}")
+    charts.ablation(args.out.with_suffix(".png"), rows)
+    print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
 
 
-def trainer_args(recipe: str):
-    """The trainer's flags for `name=value` pairs, or for "defaults"; `ExpectedError` for one that has no effect here."""
-    pairs = [] if recipe == "defaults" else [pair.partition("=") for pair in recipe.split()]
-    trainer = parse_args([text for name, _, value in pairs for text in ("--" + name.replace("_", "-"), value)])
-    if idle := set(trainer.given) - KNOBS:
-        raise ExpectedError(f"{', '.join(sorted(idle))} would have no effect in this comparison; leave it out")
+def read_rows(path: Path) -> list[dict]:
+    """The rows of an earlier run, figures as numbers; none where there is no file, or one of other columns."""
+    if not path.exists():
+        return []
+    with path.open() as file:
+        reader = csv.DictReader(file)
+        rows = list(reader) if {*KEY, *FIGURES} <= set(reader.fieldnames or ()) else []
+    return [{name: text if name in KEY else float(text or math.nan) for name, text in row.items()} for row in rows]
+
+
+def trainer_args(model: str, recipe: str):
+    """The trainer's flags for a recipe; `ExpectedError` for one that has no effect here."""
+    words = [] if recipe == "defaults" else [word.partition("=") for word in recipe.split()]
+    argv = [text for name, _, value in words for text in ("--" + name.replace("_", "-"), value) if text]
+    trainer = PARSERS[model](argv)
+    idle = set(trainer.given) - (DIFFUSION_KNOBS if model == "diffusion" else GAN_KNOBS)
+    if idle or trainer.lr_schedule == "plateau":  # nothing is scored in between
+        names = ", ".join(sorted(idle)) or "lr_schedule=plateau"
+        raise ExpectedError(f"{names} would have no effect in this comparison; leave it out")
     return trainer
 
 
-def train(trainer, digits: data.Digits, minutes: float, seed: int):
-    """Train for the given minutes; returns the state, the averaged network, and the precision."""
-    seconds = [run_steps(trainer, digits, seed, steps)[0].seconds for steps in (TIMED_STEPS, TIMED_STEPS)]
-    return run_steps(trainer, digits, seed, max(1, round(TIMED_STEPS / seconds[-1] * 60 * minutes)))
+def measure(args, trainer, digits: data.Digits, extractor: Extractor, seed: int) -> dict[str, float]:
+    """Train a recipe for the given minutes, and score it; its size, its cost and its figures."""
+    seconds = [run_steps(args, trainer, digits, seed, TIMED_STEPS)[0].seconds for _ in range(2)]  # the first warms up
+    state, network = run_steps(args, trainer, digits, seed, max(1, round(TIMED_STEPS / seconds[1] * 60 * args.minutes)))
+    options, diffusion = {}, args.model == "diffusion"
+    if diffusion:
+        options = {name: getattr(trainer, name) for name in ("sampler", "steps", "eta", "guidance")}
+        options["precision"] = args.precision
+    figures = training_scorer(digits, extractor, args.n, 0, args.model != "gan", options, two_way=diffusion)(network)
+    return {"trained_minutes": state.seconds / 60, "steps": state.step, "images_per_second": state.images / state.seconds,
+            "parameters_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
+            **{name: figures.get(name, math.nan) for name in FIGURES}}  # fmt: skip
 
 
-def run_steps(trainer, digits: data.Digits, seed: int, steps: int):
+def run_steps(args, trainer, digits: data.Digits, seed: int, steps: int) -> tuple[TrainState, nn.Module]:
+    """Train for so many steps, from the beginning; the state, and the network that is scored."""
     torch.manual_seed(seed)
-    trainer.seed, device = seed, digits.images.device
-    precision, state = resolve_precision(trainer.precision, device), TrainState()
-    network, optimizers, step = assemble(trainer, state, digits, precision)
+    trainer.seed, state = seed, TrainState()
+    network, optimizers, step = assemble(args, trainer, digits, state)
     ema = EMA(network, trainer.ema_decay)
     warmup = min(trainer.warmup_steps, steps // 10)  # a short training warms up for less
-    schedule = ScheduledLR(list(optimizers.values()), warmup, steps)
+    schedule = ScheduledLR(list(optimizers.values()), warmup, steps if trainer.lr_schedule == "cosine" else None)
     schedule.on_start(state)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, trainer.batch_size, seed, epoch))
     for images, labels in itertools.islice(batches, steps):
         state.count(step(images, labels), len(images))
-        ema.after_step(state)
+        if trainer.ema:
+            ema.after_step(state)
         schedule.after_step(state)
-    if device.type == "cuda":
+    if digits.images.is_cuda:
         torch.cuda.synchronize()
     state.tick()
-    return state, ema.model, precision
+    return state, ema.model if trainer.ema else network
+
+
+def assemble(args, trainer, digits: data.Digits, state: TrainState):
+    """(the network that is sampled, the optimizers, the step), as the trainer has them."""
+    if args.model == "diffusion":
+        return denoising.assemble(trainer, state, digits, args.precision)
+    name, classes = ("cdcgan", data.NUM_CLASSES) if args.model == "cgan" else ("dcgan", 0)
+    networks, optimizers, step = adversarial.assemble(trainer, state, digits.images.device, args.precision, name, classes)
+    return networks["generator"], optimizers, step
 
 
 if __name__ == "__main__":

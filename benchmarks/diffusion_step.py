@@ -135,10 +135,10 @@ def our_loop(args, digits, precision: str, muon_lr: float):
         yield
 
 
-def evaluation_loop(network, device, precision: str):
-    """One evaluation of the network each time the iterator is advanced."""
-    x, time = torch.randn(CHUNK, 1, 28, 28, device=device), torch.full((CHUNK,), 500, device=device)
-    labels = torch.arange(CHUNK, device=device) % data.NUM_CLASSES
+def evaluation_loop(network, device, precision: str, n: int = CHUNK):
+    """One evaluation of the network, of n images, each time the iterator is advanced."""
+    x, time = torch.randn(n, 1, 28, 28, device=device), torch.full((n,), 500, device=device)
+    labels = torch.arange(n, device=device) % data.NUM_CLASSES
     network.eval()
     while True:
         with torch.no_grad(), autocast(device, precision):

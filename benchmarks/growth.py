@@ -41,6 +41,7 @@ def main() -> None:
     flag("--busy", nargs="+", type=flags.natural, default=[0, 1], help="processes of other work, at batch 128")
     flag("--images", type=flags.positive_int, default=5120, help="in each of the three epochs")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the trainings")
+    flag("--environment", nargs="+", default=[], metavar="NAME=VALUE", help="of the trainings, such as OMP_NUM_THREADS=1")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--out", type=Path, default=Path("runs/growth.csv"), help="the table to write")
@@ -84,7 +85,7 @@ def others(n: int) -> Iterator[None]:
 def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple[float, float]:
     """Images/s of the second epoch, and the largest resident memory of a process in MB."""
     program = [sys.executable]
-    environment = dict(os.environ)
+    environment = {**os.environ, **dict(variable.split("=", 1) for variable in args.environment)}
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))

@@ -3,7 +3,8 @@
 Ours, Hugging Face diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, of the same FLOPs and nearly as many
 parameters, all unconditional, on the same batches of MNIST, each with the recipe that its repository trains by: schedule,
 prediction, optimizer, learning rate, average. Then each draws samples with the same number of DDIM steps, which are scored
-as ours are, against the training set. Timed are the steps alone, and the sampling. GANs are compared in train_step.py.
+as ours are, against the training set; 64 of them are drawn beside the table. Timed are the steps alone, and the sampling.
+Their recipes are made for longer trainings: --peer-lr gives them another learning rate. GANs are compared in train_step.py.
 
     pip install -r benchmarks/requirements-peers.txt
     python benchmarks/peers.py --minutes 20
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 
 import data
 import flags
+import plots
 import train_diffusion
 from callbacks import EMA, ScheduledLR
 from denoising import DiffusionStep, StableTargets, make_optimizers
@@ -48,6 +50,7 @@ def main() -> None:
     flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
     flag("--steps", type=flags.positive_int, default=50, help="of DDIM, in the sampling")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples to score: a size whose floor is known")
+    flag("--peer-lr", type=flags.positive_float, default=1e-4, help="learning rate of the others (default: their own)")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--out", type=Path, default=Path("runs/peers.csv"), help="the table to write")
@@ -59,7 +62,10 @@ def main() -> None:
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
     for name in args.peers:
         for precision in (args.precisions or precisions(device)) if name == "ours" else ["fp32"]:
-            rows.append({"peer": name, "precision": precision, **measure(args, PEERS[name], precision, digits, scorer)})
+            images, figures = measure(args, PEERS[name], precision, digits, scorer)
+            rows.append({"peer": name, "precision": precision, **figures})
+            picture = plots.image_grid(data.to_uint8(images[:64]))
+            plots.write_png(args.out.with_name(f"{args.out.stem}_{name}_{precision}.png"), picture)
             print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
                             for key, value in rows[-1].items()), flush=True)  # fmt: skip
             write_csv(args.out, rows)
@@ -85,8 +91,8 @@ class Drawn(nn.Module):
         return self.images[:n]
 
 
-def measure(args, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer) -> dict[str, float]:
-    """Train one, after a short trial that tells how many steps fit into the time; its rates and figures."""
+def measure(args, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer):
+    """Train one, after a short trial that tells how many steps fit into the time; its samples, and its rates and figures."""
     for _ in range(2):  # the first warms up
         seconds, _ = train(args, make, precision, digits, TIMED_STEPS)
     steps = max(1, round(TIMED_STEPS / seconds * 60 * args.minutes))
@@ -96,7 +102,7 @@ def measure(args, make: Callable[..., Peer], precision: str, digits: data.Digits
     rate = args.n * args.steps / (time.perf_counter() - start)
     figures = scorer(Drawn(images))
     parameters, gflop = size_of(peer.network, digits.images.device)
-    return {"parameters_m": parameters, "gflop": gflop, "minutes": seconds / 60, "training_steps": steps,
+    return images, {"parameters_m": parameters, "gflop": gflop, "minutes": seconds / 60, "training_steps": steps,
             "images_per_second": steps * args.batch_size / seconds, "evaluations_per_second": rate, "n": args.n,
             "ddim_steps": args.steps, **{name: figures[name] for name in ("fid", "fid_ratio", "is")}}  # fmt: skip
 
@@ -104,7 +110,7 @@ def measure(args, make: Callable[..., Peer], precision: str, digits: data.Digits
 def train(args, make: Callable[..., Peer], precision: str, digits: data.Digits, steps: int) -> tuple[float, Peer]:
     """(seconds, the model) after so many steps from the beginning."""
     torch.manual_seed(0)
-    peer = make(digits, steps, precision)
+    peer = make(args, digits, steps, precision)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, args.batch_size, 0, epoch))
     start = time.perf_counter()
     for images, _ in itertools.islice(batches, steps):
@@ -114,7 +120,7 @@ def train(args, make: Callable[..., Peer], precision: str, digits: data.Digits, 
     return time.perf_counter() - start, peer
 
 
-def ours(digits: data.Digits, steps: int, precision: str) -> Peer:
+def ours(args, digits: data.Digits, steps: int, precision: str) -> Peer:
     """The defaults of train_diffusion.py, without classes."""
     flags, state = train_diffusion.parse_args([]), TrainState()
     model = build("ddpm", num_classes=0, width=flags.width, schedule=flags.schedule, prediction=flags.prediction)
@@ -140,7 +146,7 @@ def ours(digits: data.Digits, steps: int, precision: str) -> Peer:
     return Peer(model, step, sample)
 
 
-def diffusers(digits: data.Digits, steps: int, precision: str) -> Peer:
+def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
     """Their example of unconditional training: linear schedule, noise prediction, AdamW with a warm-up and a cosine."""
     from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -155,7 +161,7 @@ def diffusers(digits: data.Digits, steps: int, precision: str) -> Peer:
     ).to(device)  # fmt: skip
     noising = DDPMScheduler(num_train_timesteps=1000)
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=args.peer_lr, betas=(0.95, 0.999), weight_decay=1e-6)
     rates = get_cosine_schedule_with_warmup(optimizer, min(500, steps // 10), steps)
 
     def step(images: Tensor) -> None:
@@ -187,7 +193,7 @@ def diffusers(digits: data.Digits, steps: int, precision: str) -> Peer:
     return Peer(TwoInputs(network), step, sample)
 
 
-def denoising_diffusion_pytorch(digits: data.Digits, steps: int, precision: str) -> Peer:
+def denoising_diffusion_pytorch(args, digits: data.Digits, steps: int, precision: str) -> Peer:
     """Their Trainer's update: sigmoid schedule, v prediction, Adam at a constant rate, an average every ten steps."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA as TheirEMA
@@ -195,7 +201,7 @@ def denoising_diffusion_pytorch(digits: data.Digits, steps: int, precision: str)
     device = digits.images.device
     network = Unet(dim=12, dim_mults=(1, 3, 13), channels=1)
     model = GaussianDiffusion(network, image_size=28).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.peer_lr, betas=(0.9, 0.99))
     ema = TheirEMA(model, beta=0.995, update_every=10)
 
     def step(images: Tensor) -> None:

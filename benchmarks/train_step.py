@@ -22,7 +22,8 @@ from torch import nn
 
 import data
 import flags
-from adversarial import LOSSES, GANStep
+import train_gan
+from adversarial import LOSSES, assemble
 from callbacks import EMA
 from models import build
 from training import TrainState
@@ -62,30 +63,17 @@ def main() -> None:
     report(args, device, timed, f"width {args.width}, {args.loss}")
 
 
-def networks(args, device) -> tuple[nn.Module, nn.Module]:
-    """The same pair for both loops, as `--loss` asks for it."""
-    torch.manual_seed(0)
-    norm = LOSSES[args.loss].norm
-    return (build("dcgan", width=args.width).to(device),
-            build("dcgan_discriminator", width=args.width, norm=norm).to(device))  # fmt: skip
-
-
 def plain_loop(args, device):
     """The update of the classic DCGAN example; a step each time the iterator is advanced."""
-    from torchvision import datasets, transforms
-
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
-    dataset = datasets.MNIST(args.data_dir, train=True, transform=transform)
-    loader = torch.utils.data.DataLoader(
-        dataset, batch_size=args.batch_size, shuffle=True, drop_last=True, num_workers=args.workers
-    )
-    generator, discriminator = networks(args, device)
+    torch.manual_seed(0)
+    generator = build("dcgan", width=args.width).to(device)
+    discriminator = build("dcgan_discriminator", width=args.width, norm=LOSSES[args.loss].norm).to(device)
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     bce = nn.BCEWithLogitsLoss()
     ones = torch.ones(args.batch_size, device=device)
 
-    for images, _ in itertools.chain.from_iterable(itertools.repeat(loader)):
+    for images, _ in loader(args, args.workers):
         images = images.to(device)
         discriminator.zero_grad()
         error_real = bce(discriminator(images), ones)
@@ -101,17 +89,25 @@ def plain_loop(args, device):
         yield (error_real + error_fake).item(), error_g.item()
 
 
+def loader(args, workers: int = 0):
+    """The batches of a DataLoader as in the classic example, epoch after epoch."""
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+    dataset = datasets.MNIST(args.data_dir, train=True, transform=transform)
+    epoch = torch.utils.data.DataLoader(
+        dataset, batch_size=args.batch_size, shuffle=True, drop_last=True, num_workers=workers
+    )
+    return itertools.chain.from_iterable(itertools.repeat(epoch))
+
+
 def our_loop(args, device, precision: str):
-    """`GANStep` with its EMA, as train_gan.py assembles them; a step each time the iterator is advanced."""
+    """`GANStep` with its EMA, as train_gan.py has them; a step each time the iterator is advanced."""
     digits = data.load_digits("mnist", "train", args.data_dir, device)
-    generator, discriminator = (network.to(memory_format=torch.channels_last) for network in networks(args, device))
-    betas = (0.5, 0.999)
-    optimizers = {
-        "lr": torch.optim.Adam(generator.parameters(), lr=2e-4, betas=betas, fused=True),
-        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=betas, fused=True),
-    }
-    state, ema = TrainState(), EMA(generator, 0.999)
-    step = GANStep(generator, discriminator, optimizers, LOSSES[args.loss], state, 0, precision)
+    trainer, state = train_gan.parse_args(["--loss", args.loss, "--width", str(args.width)]), TrainState()
+    torch.manual_seed(0)
+    networks, _, step = assemble(trainer, state, device, precision, "dcgan", num_classes=0)
+    ema = EMA(networks["generator"], trainer.ema_decay)
     for epoch in itertools.count():
         for images, labels in data.epoch_batches(digits, args.batch_size, 0, epoch):
             state.count(step(images, labels), len(images))

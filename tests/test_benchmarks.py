@@ -77,16 +77,30 @@ def test_the_models_are_the_right_way_round(mnist_dir, tmp_path):
 
 
 def test_a_recipe_is_trained_as_its_flags_say(mnist_dir, tmp_path):
-    """benchmarks/ablation.py: the same minutes for each, and a row with its own network and figures."""
-    recipes = ["width=8 batch_size=8 steps=2 muon_lr=0", "width=16 batch_size=8 steps=2"]
-    args = ["--minutes", 0.02, "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv"]
-    result = run_process("benchmarks/ablation.py", "--recipes", *recipes, *args)
-    assert result.returncode == 0, result.stderr
-    small, large = read_csv(tmp_path / "a.csv")
-    assert [small["recipe"], large["recipe"]] == recipes
-    assert float(small["parameters_m"]) < float(large["parameters_m"]) and int(small["steps"]) > int(large["steps"])
-    assert small["fid"] != small["fid_asked"] != large["fid_asked"]
-    result = run_process("benchmarks/ablation.py", "--recipes", "widht=8", *args)
+    """benchmarks/ablation.py: the same minutes for each, and a row with its own network and figures, each measured once."""
+    out = tmp_path / "a.csv"
+    args = ["--minutes", 0.02, "--n", 500, "--precision", "fp32", "--data-dir", mnist_dir, "--out", out]
+    recipes = {
+        "diffusion": ["width=8 batch_size=8 steps=2 muon_lr=0", "width=16 batch_size=8 steps=2"],
+        "gan": ["width=2 batch_size=8", "width=8 batch_size=8 no_ema loss=relativistic"],
+    }
+    for model, wanted in recipes.items():
+        result = run_process("benchmarks/ablation.py", "--model", model, "--recipes", *wanted, "--seeds", 0, *args)
+        assert result.returncode == 0, result.stderr
+        small, large = (row for row in read_csv(out) if row["model"] == model)
+        assert [small["recipe"], large["recipe"]] == wanted
+        assert float(small["parameters_m"]) < float(large["parameters_m"]) and int(small["steps"]) > int(large["steps"])
+        assert small["fid"] != large["fid"] and (small["fid_asked"] != small["fid"] if model == "diffusion" else True)
+    before = out.read_text()
+    result = run_process("benchmarks/ablation.py", "--model", "gan", "--recipes", recipes["gan"][0], "--seeds", 0, 1, *args)
+    assert result.returncode == 0 and out.read_text().startswith(before)  # the first seed is there already
+    assert [row["seed"] for row in read_csv(out)] == ["0"] * 4 + ["1"] and out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_a_recipe_without_effect_is_refused(tmp_path):
+    args = ["--out", tmp_path / "a.csv", "--recipes"]
+    result = run_process("benchmarks/ablation.py", *args, "widht=8")
     assert result.returncode == 2 and "widht" in error_line(result.stderr)
-    result = run_process("benchmarks/ablation.py", "--recipes", "epochs=3", *args)
-    assert result.returncode == 1 and "epochs would have no effect" in error_line(result.stderr)
+    for recipe in ("epochs=3", "lr_schedule=plateau", "loss=bce"):
+        result = run_process("benchmarks/ablation.py", *args, recipe)
+        assert result.returncode == (2 if "loss" in recipe else 1) and recipe.split("=")[0] in error_line(result.stderr)

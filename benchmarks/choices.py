@@ -1,0 +1,208 @@
+"""What does each choice for speed give? Our GAN step, our diffusion step and evaluations in sampling, as they are and with
+one choice undone at a time.
+
+A ratio below 1 means that the choice pays. All loops of a table are timed in turn, in one process, but for the allocator's
+settings, which cannot be taken back: the loops without them come first.
+
+    python benchmarks/choices.py
+    python benchmarks/choices.py --what diffusion --precisions bf16 --steps 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from diffusion_step import batches, evaluation_loop, our_network
+from timing import add_timing_flags, measure, precisions, report
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train_step import loader
+
+import adversarial
+import data
+import denoising
+import flags
+import train_diffusion
+import train_gan
+from callbacks import EMA
+from training import TrainState
+from unet import Attention
+from utils import choose_device, run_script
+
+AS_IS = "as it is"
+ALLOCATOR = "the C library's own allocator settings"
+SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
+GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
+DIFFUSION = [AS_IS, "channels last", "fused attention", *SHARED]
+SAMPLED = 500  # images in a step of the sampling's table
+SAMPLING = [AS_IS, "channels last", "fused attention", "compiled", *(f"chunks of {n}" for n in (25, 50, 250, 500))]
+
+
+def main() -> None:
+    parser = flags.ArgumentParser(__doc__)
+    flag = parser.add_argument
+    flag("--what", nargs="+", choices=TABLES, default=[*TABLES], help="the tables to make")
+    flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
+    add_timing_flags(flag, flags.positive_int)
+    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
+    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.set_defaults(steps=5, repeats=3)
+    args = parser.parse_args()
+    args.data_dir = args.data_dir or data.default_data_dir()
+
+    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
+    wanted = list(itertools.product(args.what, args.precisions or precisions(torch.device("cpu" if on_cpu else "cuda"))))
+    before = {}
+    if on_cpu:  # `choose_device` changes the allocator's settings for the whole process
+        before = {table: time_loops(args, torch.device("cpu"), *table, [AS_IS]) for table in wanted}
+    device = choose_device(args.device)
+    for what, precision in wanted:
+        choices, size = TABLES[what][1], SAMPLED if what == "sampling" else args.batch_size
+        timed = time_loops(args, device, what, precision, choices)
+        if on_cpu:
+            timed[f"{ALLOCATOR}, {precision}"] = before[what, precision][f"{AS_IS}, {precision}"]
+        report(argparse.Namespace(**vars(args) | {"batch_size": size}), device, timed, f"{what}, {precision}")
+
+
+def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict:
+    make, _ = TABLES[what]
+    size = SAMPLED if what == "sampling" else args.batch_size
+    digits = data.load_digits("mnist", "train", args.data_dir, device)
+    loops = {f"{choice}, {precision}": make(args, digits, precision, choice) for choice in choices}
+    return measure(argparse.Namespace(**vars(args) | {"batch_size": size}), loops)
+
+
+def gan_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+    """The trainer's step with its EMA, with one choice undone; a step each time the iterator is advanced."""
+    torch.manual_seed(0)
+    trainer, state = train_gan.parse_args([]), TrainState()
+    networks, optimizers, step = adversarial.assemble(trainer, state, digits.images.device, precision, "dcgan", 0)
+    generator, discriminator = networks.values()
+    if choice == "convolution as stem":
+        generator.stem = ConvolutionStem(generator.config).to(digits.images.device)
+        optimizers["lr"] = step.generator_optimizer = torch.optim.Adam(generator.parameters(), lr=trainer.lr, fused=True)
+    elif choice == "Adam not fused":
+        step.generator_optimizer, step.discriminator_optimizer = map(UnfusedAdam, optimizers.values())
+    elif choice == "D's unused gradients computed":
+        discriminator.requires_grad_ = lambda _: discriminator
+    elif choice == "real and fake in two passes":
+        step._judge = lambda real, fake: (discriminator(real), discriminator(fake))
+    for network in networks.values():
+        change_network(network, choice)
+    yield from steps(args, digits, step, state, generator, choice)
+
+
+def diffusion_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+    """The trainer's step with its EMA, with one choice undone; a step each time the iterator is advanced."""
+    torch.manual_seed(0)
+    trainer, state = train_diffusion.parse_args([]), TrainState()
+    network, optimizers, step = denoising.assemble(trainer, state, digits, precision)
+    if choice == "Adam not fused":
+        optimizers["lr"] = UnfusedAdam(optimizers["lr"])
+    change_network(network, choice)
+    yield from steps(args, digits, step, state, network, choice)
+
+
+def steps(args, digits: data.Digits, step: Callable, state: TrainState, averaged: nn.Module, choice: str) -> Iterator[None]:
+    """What both trainings do around their step."""
+    ema = SlowEMA(averaged, 0.999) if choice == "EMA tensor by tensor" else EMA(averaged, 0.999)
+    for images, labels in loader(args) if choice == "a DataLoader's batches" else batches(args, digits):
+        losses = step(images.to(digits.images.device), labels.to(digits.images.device))
+        state.count(losses, len(images))
+        ema.after_step(state)
+        if choice == "losses fetched in every step":
+            state.mean_losses()
+        yield
+
+
+def sampling_loop(_args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+    """One evaluation of 500 images, in chunks, each time the iterator is advanced."""
+    chunk = int(choice.removeprefix("chunks of ")) if choice.startswith("chunks") else 125
+    network = our_network(digits.images.device)
+    change_network(network, choice)
+    evaluations = evaluation_loop(network, digits.images.device, precision, chunk)
+    while True:
+        for _ in range(SAMPLED // chunk):
+            next(evaluations)
+        yield
+
+
+TABLES = {"gan": (gan_loop, GAN), "diffusion": (diffusion_loop, DIFFUSION), "sampling": (sampling_loop, SAMPLING)}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Choices undone
+
+
+def change_network(network: nn.Module, choice: str) -> None:
+    """Undo a choice that is one of the network's."""
+    if choice == "compiled":
+        network.compile()
+    elif choice == "channels last":
+        network.to(memory_format=torch.channels_last)
+    elif choice == "contiguous":
+        network.to(memory_format=torch.contiguous_format)
+        for module in network.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    elif choice == "fused attention":
+        for module in network.modules():
+            if isinstance(module, Attention):
+                module.forward = types.MethodType(fused_attention, module)
+
+
+def fused_attention(self: Attention, x: Tensor, _condition: Tensor) -> Tensor:
+    """`Attention.forward` by PyTorch's fused kernel."""
+    tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+    q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, HW, C / heads]
+    mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, HW, C]
+    return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class ConvolutionStem(nn.Module):
+    """The generator's first layer as the paper's transposed convolution: latent [B, Z] -> [B, 7 * 7 * 4w]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.convolution = nn.ConvTranspose2d(config.latent_dim, 4 * config.width, 7)
+        nn.init.normal_(self.convolution.weight, std=math.sqrt(2 / config.latent_dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.convolution(z[:, :, None, None]).permute(0, 2, 3, 1).flatten(1)
+
+
+class UnfusedAdam(torch.optim.Adam):
+    """PyTorch's default in place of a fused one. `Guard` takes it for such, although it cannot be held back."""
+
+    def __init__(self, fused: torch.optim.Adam):
+        (group,) = fused.param_groups
+        super().__init__(group["params"], lr=group["lr"], betas=group["betas"])
+        self.defaults["fused"] = True
+
+    def step(self) -> None:
+        self.found_inf = None
+        super().step()
+
+
+class SlowEMA(EMA):
+    """Without `foreach`."""
+
+    @torch.no_grad()
+    def after_step(self, state: TrainState) -> None:
+        for average, value in zip(self._averages, self._values):
+            average.lerp_(value, 1 - self.decay)
+        for average, value in zip(self._counters, self._counts):
+            average.copy_(value)
+
+
+if __name__ == "__main__":
+    run_script(main)
