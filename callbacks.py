@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ import plots
 from checkpoint import save_model, write_tensors
 from data import IMAGE_SIZE, NUM_CLASSES, to_uint8
 from training import Callback, StopSignals, TrainState
-from utils import ExpectedError, Interrupted, is_first, keyed_generator, write_csv
+from utils import ExpectedError, Interrupted, busy_seconds, is_first, keyed_generator, write_csv
 
 
 class EMA(Callback):
@@ -172,6 +173,35 @@ class ScheduledLR(Callback):
         for optimizer, peaks in self.peaks:
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
+
+
+class SharedCores(Callback):
+    """Computes with as many threads as other work leaves cores for.
+
+    For bf16 on a CPU: where one of its threads waits for a core, the others wait for it in the gradients of convolutions,
+    spinning, and a training beside one busy process runs at a quarter of its speed. The number of threads can change last
+    bits, so it stays where OMP_NUM_THREADS says what it shall be.
+    """
+
+    SECONDS = 2.0  # between looks
+
+    def __init__(self):
+        self.most = torch.get_num_threads()
+
+    def on_start(self, state: TrainState) -> None:
+        self._looked = (time.monotonic(), *busy_seconds())
+
+    def after_step(self, state: TrainState) -> None:
+        if time.monotonic() - self._looked[0] < self.SECONDS:
+            return
+        before, self._looked = self._looked, (time.monotonic(), *busy_seconds())
+        seconds, own, all_ = (new - old for new, old in zip(self._looked, before))
+        others = max(0.0, all_ - own) / seconds  # cores that they keep busy; nan where the system does not tell
+        if math.isfinite(others):
+            torch.set_num_threads(max(1, min(self.most, round(len(os.sched_getaffinity(0)) - others))))
+
+    def on_end(self, state: TrainState) -> None:
+        torch.set_num_threads(self.most)
 
 
 class CheckpointWriter(Callback):

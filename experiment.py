@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -175,7 +176,7 @@ class Experiment:
         best = [self.last.parent / f"best_{file}.pt" for file in files]
         with exclusive(self.last.with_name(f".{self.prefix}.lock")) if is_first() else contextlib.nullcontext():
             self._begin(parts, saver, best)
-            self._fit(train_step, [*hooks.values(), saver], saver, signals)
+            self._fit(train_step, [*self._core_watch(), *hooks.values(), saver], saver, signals)
         distributed.leave()
         if is_first():
             self._report([*best, hooks["log"].path, hooks["gif"].path, self.last])
@@ -223,6 +224,10 @@ class Experiment:
             return callbacks.ReduceLROnPlateau(optimizers, max(1, args.patience // 2))
         total = args.epochs * self.batches_per_epoch if args.lr_schedule == "cosine" else None
         return callbacks.ScheduledLR(optimizers, args.warmup_steps, total)
+
+    def _core_watch(self) -> list[Callback]:
+        alone = distributed.count() == 1 and "OMP_NUM_THREADS" not in os.environ
+        return [callbacks.SharedCores()] if alone and self.device.type == "cpu" and self.precision == "bf16" else []
 
     def _resume_line(self) -> str:
         processes = distributed.count()

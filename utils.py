@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 
 AGAIN = "Nothing is half written; the same command can be given again."
+# How often OpenMP's threads look whether the others have come, before they sleep. By default (300,000 times) they keep the
+# core that another one waits for, where cores are shared; this is as fast on quiet cores (benchmarks/README.md).
+SPINS = "10000"
+BUSY = (1, 2, 3, 6, 7, 8)  # columns of /proc/stat, see proc(5): user, nice, system, irq, softirq, steal
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # in torch's messages
 
 
@@ -55,6 +60,8 @@ def is_first() -> bool:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 130, 143 (argparse: 2)."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported, so not yet
     previous = signal.signal(signal.SIGTERM, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -134,6 +141,21 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_threshold, 32 * 2**20)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 256 * 2**20)
+
+
+def busy_seconds() -> tuple[float, float]:
+    """Processor time that this process has taken, and that the cores it may use have been busy, both in seconds.
+
+    The latter is infinite where the system does not tell.
+    """
+    try:
+        cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        tick = os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError):  # not Linux
+        return time.process_time(), math.inf
+    ticks = (int(line[column]) for line in lines if line[0] in cores for column in BUSY)
+    return time.process_time(), sum(ticks) / tick
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """What does each choice for speed give? Our GAN step, our diffusion step and evaluations in sampling, as they are and with
 one choice undone at a time.
 
-A ratio below 1 means that the choice pays. All loops of a table are timed in turn, in one process, but for the allocator's
-settings, which cannot be taken back: the loops without them come first.
+A ratio below 1 means that the choice pays. The loops of a table are timed in turn, in one process. The allocator's settings
+cannot be taken back, so without them and with them each loop runs alone, in this order.
 
     python benchmarks/choices.py
     python benchmarks/choices.py --what diffusion --precisions bf16 --steps 10
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from diffusion_step import batches, evaluation_loop, our_network
-from timing import add_timing_flags, measure, precisions, report
+from timing import Timed, add_timing_flags, measure, precisions, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import loader
@@ -39,7 +39,6 @@ from unet import Attention
 from utils import choose_device, run_script
 
 AS_IS = "as it is"
-ALLOCATOR = "the C library's own allocator settings"
 SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
 GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
 DIFFUSION = [AS_IS, "channels last", "fused attention", *SHARED]
@@ -65,20 +64,27 @@ def main() -> None:
     if on_cpu:  # `choose_device` changes the allocator's settings for the whole process
         before = {table: time_loops(args, torch.device("cpu"), *table, [AS_IS]) for table in wanted}
     device = choose_device(args.device)
+    after = {table: time_loops(args, device, *table, [AS_IS]) for table in before}
     for what, precision in wanted:
-        choices, size = TABLES[what][1], SAMPLED if what == "sampling" else args.batch_size
-        timed = time_loops(args, device, what, precision, choices)
+        tables = {what: time_loops(args, device, what, precision, TABLES[what][1])}
         if on_cpu:
-            timed[f"{ALLOCATOR}, {precision}"] = before[what, precision][f"{AS_IS}, {precision}"]
-        report(argparse.Namespace(**vars(args) | {"batch_size": size}), device, timed, f"{what}, {precision}")
+            pair = {"our allocator settings": after, "the C library's": before}
+            tables[f"{what} alone"] = {
+                f"{name}, {precision}": timed[what, precision][f"{AS_IS}, {precision}"] for name, timed in pair.items()
+            }
+        for title, timed in tables.items():
+            report(sized(args, what), device, timed, f"{title}, {precision}")
 
 
-def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict:
-    make, _ = TABLES[what]
-    size = SAMPLED if what == "sampling" else args.batch_size
+def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
     digits = data.load_digits("mnist", "train", args.data_dir, device)
-    loops = {f"{choice}, {precision}": make(args, digits, precision, choice) for choice in choices}
-    return measure(argparse.Namespace(**vars(args) | {"batch_size": size}), loops)
+    loops = {f"{choice}, {precision}": TABLES[what][0](args, digits, precision, choice) for choice in choices}
+    return measure(sized(args, what), loops)
+
+
+def sized(args, what: str) -> argparse.Namespace:
+    """The arguments, with the number of images in a step of that table."""
+    return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED if what == "sampling" else args.batch_size})
 
 
 def gan_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:

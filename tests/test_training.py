@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from test_models import small
 import callbacks
 from checkpoint import load_generator
 from training import Callback, ProgressBar, StopSignals, TrainState, fit
-from utils import ExpectedError, Interrupted, write_csv
+from utils import ExpectedError, Interrupted, busy_seconds, write_csv
 
 
 class Recorder(Callback):
@@ -216,6 +218,39 @@ def test_the_learning_rate_follows_its_schedule(warmup, total, expected):
         schedule.after_step(TrainState(step=step))
         seen.append(optimizer.param_groups[0]["lr"])
     assert seen == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "cores, others, expected",
+    [(2, 0.1, 2), (2, 0.4, 2), (2, 0.7, 1), (2, 2.0, 1), (8, 3.2, 5), (8, 0.0, 4), (2, math.nan, 4)],
+)
+def test_threads_leave_cores_to_other_work(cores, others, expected, monkeypatch):
+    """In ten seconds, of four threads, with a second of their own work in each."""
+    readings = iter([(5.0, 100.0), (15.0, 110.0 + 10 * others)])
+    clock = iter([0.0, 10.0, 10.0])
+    monkeypatch.setattr(callbacks, "busy_seconds", lambda: next(readings))
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(callbacks.os, "sched_getaffinity", lambda _: range(cores))
+    threads = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    watch = callbacks.SharedCores()
+    watch.on_start(TrainState())
+    watch.after_step(TrainState())
+    watch.on_end(TrainState())
+    assert threads == ([] if math.isnan(others) else [expected]) + [4]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="only Linux tells how busy its cores are")
+def test_busy_seconds_count_this_process_and_others():
+    own, everybody = busy_seconds()
+    command = [sys.executable, "-c", "import time\nwhile time.process_time() < 0.5: pass"]
+    subprocess.run(command, check=True)
+    while busy_seconds()[0] < own + 0.2:
+        pass
+    now_own, now_everybody = busy_seconds()
+    assert 0.2 <= now_own - own < 0.4
+    assert now_everybody - everybody > 0.6  # 0.7, in ticks of a hundredth
 
 
 def test_checkpoints_are_written_when_they_should(tmp_path):
