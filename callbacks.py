@@ -178,9 +178,9 @@ class ScheduledLR(Callback):
 class SharedCores(Callback):
     """Computes with as many threads as other work leaves cores for.
 
-    For bf16 on a CPU: where one of its threads waits for a core, the others wait for it in the gradients of convolutions,
-    spinning, and a training beside one busy process runs at a quarter of its speed. The number of threads can change last
-    bits, so it stays where OMP_NUM_THREADS says what it shall be.
+    For bf16 on a CPU: where one of its threads waits for a core, the others wait for it and keep theirs, so that a diffusion
+    training beside one busy process would run at a quarter of its speed (benchmarks/README.md). The number of threads can
+    change last bits, so it stays where OMP_NUM_THREADS says what it shall be.
     """
 
     SECONDS = 2.0  # between looks
@@ -196,7 +196,7 @@ class SharedCores(Callback):
             return
         before, self._looked = self._looked, (time.monotonic(), *busy_seconds())
         seconds, own, all_ = (new - old for new, old in zip(self._looked, before))
-        others = max(0.0, all_ - own) / seconds  # cores that they keep busy; nan where the system does not tell
+        others = (all_ - own) / seconds  # cores that they keep busy; nan where the system does not tell
         if math.isfinite(others):
             torch.set_num_threads(max(1, min(self.most, round(len(os.sched_getaffinity(0)) - others))))
 

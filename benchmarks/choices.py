@@ -51,6 +51,8 @@ def main() -> None:
     flag = parser.add_argument
     flag("--what", nargs="+", choices=TABLES, default=[*TABLES], help="the tables to make")
     flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
+    flag("--undo", nargs="*", choices=sorted({*GAN, *DIFFUSION, *SAMPLING} - {AS_IS}),
+         help="these choices only; without a name: only the allocator's settings (default: all)")  # fmt: skip
     add_timing_flags(flag, flags.positive_int)
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -66,7 +68,8 @@ def main() -> None:
     device = choose_device(args.device)
     after = {table: time_loops(args, device, *table, [AS_IS]) for table in before}
     for what, precision in wanted:
-        tables = {what: time_loops(args, device, what, precision, TABLES[what][1])}
+        choices = [choice for choice in TABLES[what][1] if args.undo is None or choice in (AS_IS, *args.undo)]
+        tables = {what: time_loops(args, device, what, precision, choices)} if choices != [AS_IS] else {}
         if on_cpu:
             pair = {"our allocator settings": after, "the C library's": before}
             tables[f"{what} alone"] = {

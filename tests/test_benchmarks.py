@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+
 import pytest
 from conftest import error_line, read_csv, run_process, tiny_ddpm
 
@@ -104,3 +107,34 @@ def test_a_recipe_without_effect_is_refused(tmp_path):
     for recipe in ("epochs=3", "lr_schedule=plateau", "loss=bce"):
         result = run_process("benchmarks/ablation.py", *args, recipe)
         assert result.returncode == (2 if "loss" in recipe else 1) and recipe.split("=")[0] in error_line(result.stderr)
+
+
+def test_each_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
+    """benchmarks/choices.py, but for torch.compile, which takes a minute."""
+    undone = {
+        "gan": ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed"],
+        "diffusion": ["channels last", "fused attention", "EMA tensor by tensor", "losses fetched in every step"],
+        "sampling": ["chunks of 25"],
+    }
+    small = ["--batch-size", 8, "--steps", 1, "--repeats", 1, "--precisions", "fp32", "--data-dir", mnist_dir]
+    choices = [*itertools.chain(*undone.values()), "Adam not fused", "a DataLoader's batches"]
+    result = run_process("benchmarks/choices.py", "--undo", *choices, "--device", "cpu", *small)
+    assert result.returncode == 0, result.stderr
+    tables = re.split("^torch .*$", result.stdout, flags=re.MULTILINE)[1:]
+    timed = [re.findall(r"^(.*), fp32 +\d+ img/s .* x ([\d.]+)", table, re.MULTILINE) for table in tables]
+    lines = [[name for name, _ in table] for table in timed]
+    assert [table[0] for table in timed] == [("as it is", "1.00"), ("our allocator settings", "1.00")] * 3
+    assert lines[1] == lines[3] == lines[5] == ["our allocator settings", "the C library's"]
+    shared = {"as it is", "Adam not fused", "a DataLoader's batches", *undone["diffusion"][2:]}
+    for names, what in zip(lines[::2], undone):
+        assert set(names) == ({"as it is", "fused attention", "channels last"} if what == "sampling" else shared) | set(
+            undone[what]
+        )
+
+
+def test_the_profile_names_what_costs(mnist_dir):
+    """benchmarks/profile_steps.py: in every loop a convolution comes first."""
+    args = ["--precisions", "fp32", "--batch-size", 16, "--steps", 1, "--rows", 2, "--data-dir", mnist_dir]
+    result = run_process("benchmarks/profile_steps.py", "--device", "cpu", *args)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r" ms\n +[\d.]+%  aten::\w*convolution\w*\n +[\d.]+%", result.stdout)) == 3, result.stdout
