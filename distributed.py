@@ -10,7 +10,6 @@ second derivative. These networks are small, so their gradients are averaged in 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import io
@@ -47,7 +46,6 @@ def join(device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:
         raise ExpectedError(f"the {count()} processes cannot meet ({error}); start them with torchrun") from error
-    atexit.register(leave)  # also after an error: a group left open may abort Python's end
     if not is_first():
         sys.stdout = io.StringIO()
 
