@@ -14,10 +14,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other, so one c
 
 import pytest
 import torch
+from trainers import TRAINERS
 
 from data import default_data_dir, has_mnist
 
 ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +82,16 @@ def tiny_ddpm(folder, **config):
     path = folder / f"tiny{''.join(f'_{name}_{value}' for name, value in config.items())}.pt"
     save_model(path, "ddpm", small("ddpm", **config), {})
     return path
+
+
+@pytest.fixture(scope="session", params=TRAINERS, ids=[trainer.title for trainer in TRAINERS])
+def trainer(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def whole_run(trainer, tmp_path_factory):
+    """The folder of an uninterrupted training on the embedded digits."""
+    folder = tmp_path_factory.mktemp("whole")
+    runpy.run_path(str(ROOT / trainer.script))["main"]([*map(str, trainer.flags), "--out-dir", str(folder)])
+    return folder

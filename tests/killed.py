@@ -1,4 +1,4 @@
-"""Not a test: a trainer that test_resume.py starts, and that sends itself a signal at the n-th visit of a place; with
+"""Not a test: a trainer that test_killed.py starts, and that sends itself a signal at the n-th visit of a place; with
 "twice", it gets two SIGINT in a call that keeps Python busy for minutes.
 
 python tests/killed.py SIGKILL PLACE N train_gan.py [its flags]

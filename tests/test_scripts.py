@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import runpy
-import shutil
 import signal
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
-from test_models import small
+from conftest import ROOT, SHIPPED, error_line, read_csv, tiny_ddpm
 
-import data
 import evaluation
-import plots
-import utils
-from checkpoint import file_sha256, load_generator, read_tensors, save_model, write_tensors
-from data import to_uint8
+from checkpoint import file_sha256, load_generator
 from denoising import DiffusionStep
 from models import DDPM
-from utils import keyed_generator, run_script
-
-SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
+from utils import run_script
 
 
 def test_train_gan_dry_run_writes_every_file(run, tmp_path):
@@ -141,119 +131,12 @@ def test_train_gan_dry_run_on_mnist(mnist_dir, run, tmp_path, loss):
     assert flags["loss"] == loss and flags["precision"] == "bf16" and flags["ema"] is False
 
 
-@pytest.fixture
-def fewer_digits(monkeypatch):
-    """A function that makes every script read so many digits of either split."""
-    load = data.load_digits
-
-    def limit(train: int, test: int) -> None:
-        monkeypatch.setattr(
-            data, "load_digits", lambda *args: load(*args).subset({"train": train, "test": test}[args[1]], "few")
-        )
-
-    return limit
-
-
 def test_train_classifier_dry_run(mnist_dir, run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "FLOOR_SIZES", (500,))  # the other floors take most of the time
     code, out, err = run("train_classifier.py", "--dry-run", "--data-dir", mnist_dir, "--out-dir", tmp_path)
     assert code == 0, err
     assert "test accuracy" in out and "SHA-256" in out
     assert {path.name for path in tmp_path.iterdir()} == {"classifier.pt", "classifier_statistics.pt"}
-
-
-def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path, fewer_digits):
-    fewer_digits(train=8000, test=2000)
-    models = [SHIPPED, ROOT / "checkpoints" / "best_CGAN_G.pt", tiny_ddpm(tmp_path)]
-    args = ["--n", 500, "--seeds", 2, "--steps", 2, "--guidance", 1.5, "--data-dir", mnist_dir, "--out-dir", tmp_path]
-    code, _, err = run("evaluate.py", "--models", *models, *args)
-    assert code == 0, err
-    rows = real, test, gan, ddpm, cgan, by_digit = read_csv(tmp_path / "metrics.csv")
-    names = [row["model"] for row in rows]
-    assert names == ["real training digits", "real test digits", "dcgan", "ddpm", "cdcgan", "ddpm, by digit"]
-    assert [row["evaluations"] for row in rows] == ["", "", "1", "2", "1", "3"]  # guidance acts at one of two steps
-    assert float(real["fid"]) < float(gan["fid"]) and float(real["is"]) > float(gan["is"])
-    assert float(gan["fid_ratio"]) == pytest.approx(float(gan["fid"]) / float(real["fid"]), rel=1e-4)
-    assert all(gan[f"{name}_std"] for name in ("fid", "kid", "recall", "coverage", "nearest_share_close"))
-    assert all(row["label_accuracy"] for row in (real, test, cgan, by_digit))
-    assert not gan["label_accuracy"] and not ddpm["label_accuracy"]
-    assert (
-        all(0 <= float(row["precision"]) <= 1 for row in (real, gan, ddpm, cgan, by_digit)) and float(gan["precision"]) > 0.5
-    )
-    assert [row["dtype"] for row in rows] == ["", "", *["fp32"] * 4]
-    by_digit = read_csv(tmp_path / "metrics_by_digit.csv")
-    assert [(row["model"], row["digit"]) for row in by_digit] == [
-        (model, str(digit)) for model in ("real training digits", "cdcgan", "ddpm, by digit") for digit in range(10)
-    ]
-    for floor, row in zip(by_digit[:10], by_digit[10:20]):
-        assert float(row["fid_ratio"]) == pytest.approx(float(row["fid"]) / float(floor["fid"]), rel=1e-4)
-    content = json.loads((tmp_path / "metrics.json").read_text())
-    assert [row["model"] for row in content["rows"]] == names and len(content["rows_by_digit"]) == 30
-    assert content["rows"][2]["fid"] == pytest.approx(float(gan["fid"]), rel=1e-5)
-    assert content["rows"][2]["sha256"] == file_sha256(SHIPPED) and content["rows"][2]["images_per_second"] > 100
-    assert (by_digit_row := content["rows"][5])["sampler"] == "dpm-solver++" and by_digit_row["guidance"] == 1.5
-    assert content["command"].startswith("python evaluate.py --models") and content["versions"]["torch"] == torch.__version__
-    for args, reason in (
-        ([tmp_path / "none.pt"], "does not exist"),
-        ([SHIPPED, "--steps", 20], "dcgan, which has no --steps"),
-        ([models[2], "--steps", 51], "steps must be"),
-        ([tiny_ddpm(tmp_path, num_classes=0), "--guidance", 2], "unconditional"),
-        ([tiny_ddpm(tmp_path, num_classes=5)], "has 5 classes"),
-    ):
-        code, _, err = run("evaluate.py", "--models", *args, "--out-dir", tmp_path)
-        assert code == (2 if len(args) > 1 else 1) and reason in error_line(err)
-
-
-def test_more_samples_than_test_digits_are_compared_with_the_training_set(mnist_dir, run, tmp_path, fewer_digits):
-    fewer_digits(train=900, test=300)
-    models = [SHIPPED, ROOT / "checkpoints" / "best_CGAN_G.pt", tiny_ddpm(tmp_path)]
-    args = ["--n", 400, "--seeds", 1, "--steps", 2, "--data-dir", mnist_dir, "--out-dir", tmp_path]
-    code, out, err = run("evaluate.py", "--models", *models, *args)
-    assert code == 0 and f"to do: {400 * (1 + 1 + 2 + 3):,} network evaluations" in out, err
-    real, gan, *_ = read_csv(tmp_path / "metrics.csv")
-    assert (real["model"], real["reference"], gan["model"]) == ("real training digits", "mnist train", "dcgan")
-    assert float(real["is"]) > 9 and float(gan["fid"]) > 0 and "fid_ratio" not in gan
-    by_digit = read_csv(tmp_path / "metrics_by_digit.csv")
-    assert len(by_digit) == 20 and all("fid_ratio" not in row for row in by_digit)
-
-
-def test_an_interrupted_evaluation_goes_on_and_gives_the_same_figures(mnist_dir, run, tmp_path, fewer_digits, monkeypatch):
-    """What was scored is not scored again, unless its file is damaged or belongs to something else."""
-    fewer_digits(train=900, test=300)
-    args = ["--models", SHIPPED, tiny_ddpm(tmp_path), "--seeds", 2, "--steps", 2, "--data-dir", mnist_dir]
-    unfinished, score, calls, floors = tmp_path / "out" / "scores.unfinished.pt", evaluation.RealDigits.score, [], 8
-
-    def scoring(self, *args, **kwargs):
-        calls.append(1)
-        if not unfinished.parent.with_name("whole").exists() and len(calls) == floors + 4:
-            raise KeyboardInterrupt
-        return score(self, *args, **kwargs)
-
-    def evaluated(folder, n=200, commit="0123"):
-        calls.clear()
-        monkeypatch.setattr(utils, "provenance", lambda: {"git": commit})
-        code = run("evaluate.py", *args, "--n", n, "--out-dir", tmp_path / folder)[0]
-        return code, len(calls) - floors
-
-    monkeypatch.setattr(evaluation.RealDigits, "score", scoring)
-    assert evaluated("out", commit="0123-dirty") == (130, 4) == evaluated("out", commit="0123-dirty")
-    assert evaluated("out") == (130, 4) and [path.name for path in unfinished.parent.iterdir()] == [unfinished.name]
-    for folder in ("whole", "damaged", "larger", "hostile"):
-        (tmp_path / folder).mkdir()
-    content = read_tensors(unfinished)
-    write_tensors(
-        tmp_path / "hostile" / unfinished.name, content | {"scores": dict.fromkeys(content["scores"], ({"fid": "x"}, []))}
-    )
-    (tmp_path / "damaged" / unfinished.name).write_bytes(unfinished.read_bytes()[:-100])
-    shutil.copy(unfinished, tmp_path / "larger")
-    assert evaluated("out") == (0, 3) and not unfinished.exists()
-    assert evaluated("damaged") == evaluated("whole") == evaluated("larger", n=210) == evaluated("hostile") == (0, 6)
-    for table in ("metrics.csv", "metrics_by_digit.csv"):
-        whole, resumed, damaged = (
-            [{name: value for name, value in row.items() if "images_per_second" not in name} for row in read_csv(file)]
-            for file in (tmp_path / folder / table for folder in ("whole", "out", "damaged"))
-        )
-        assert whole == resumed == damaged
 
 
 def test_trials_stay_out_of_the_shipped_folders(run, tmp_path, monkeypatch):
@@ -371,60 +254,6 @@ def test_training_failures_exit_with_1_or_2(run, tmp_path, monkeypatch):
         assert code == 2 and reason in error_line(err) and not list(out.rglob("*.pt"))
 
 
-def test_infer_draws_real_gan_and_diffusion_digits_side_by_side(run, tmp_path):
-    import imageio.v3 as imageio
-
-    first, second, other = (tmp_path / name for name in ("a.png", "b.png", "c.png"))
-    assert run("infer.py", "--out", first)[0] == 0
-    assert run("infer.py", "--out", second)[0] == 0
-    assert run("infer.py", "--out", other, "--seed", 1)[0] == 0
-    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
-    picture = np.asarray(imageio.imread(first))
-    assert picture.shape[1] > 2.5 * picture.shape[0] and picture.std() > 20
-
-
-def test_infer_draws_the_denoising(run, tmp_path):
-    from PIL import Image, ImageSequence
-
-    gif, tiny = tmp_path / "a.gif", tiny_ddpm(tmp_path)
-    args = ["--diff-model", tiny, "--n", 9, "--out", tmp_path / "a.png", "--denoising-gif", gif]
-    code, out, err = run("infer.py", *args, "--sampler", "ddim", "--steps", 4)
-    assert code == 0 and str(gif) in out, err
-    with Image.open(gif) as pictures:
-        assert pictures.n_frames == 5 and pictures.size == (150, 3 * 30 + 2 + 18)  # wide enough for the caption
-        frames = [np.asarray(frame.convert("L"))[18:, :92].astype(int) for frame in ImageSequence.Iterator(pictures)]
-    stages, rng = [], keyed_generator("cpu", 0, "infer")
-    options = {"sampler": "ddim", "steps": 4, "watch": lambda x, level: stages.append(x)}
-    stages.append(load_generator(tiny).sample(9, rng=rng, **options))
-    assert torch.equal(stages[0], torch.randn(9, 1, 28, 28, generator=keyed_generator("cpu", 0, "infer")))
-    for frame, stage in zip(frames, stages, strict=True):
-        assert np.abs(frame - plots.image_grid(to_uint8(stage))).max() <= 1
-    assert np.abs(frames[-1] - frames[0]).max() > 50
-    code, _, _ = run("infer.py", *args, "--sampler", "ddpm")
-    with Image.open(gif) as pictures:
-        assert code == 0 and pictures.n_frames == 31  # not all of the steps
-    args[1] = SHIPPED
-    code, _, err = run("infer.py", *args)
-    assert code == 2 and "does not denoise" in error_line(err)
-
-
-def test_two_models_of_a_kind_have_two_panels(run, tmp_path):
-    import imageio.v3 as imageio
-
-    out = tmp_path / "a.png"
-    assert run("infer.py", "--gan-model", SHIPPED, "--diff-model", SHIPPED, "--n", 4, "--out", out)[0] == 0
-    picture = imageio.imread(out)
-    assert picture.shape[1] > 2.5 * picture.shape[0]
-
-
-def test_names_are_shown_as_they_are(run, tmp_path):
-    """A title is no formula, whatever a file and its content are called."""
-    save_model(tmp_path / "a$\\x$.pt", "dcgan", small("dcgan"), {"epoch": "$\\y$"})
-    args = ["--gan-model", tmp_path / "a$\\x$.pt", "--diff-model", SHIPPED, "--n", 4, "--out", tmp_path / "a.png"]
-    code, _, err = run("infer.py", *args)
-    assert code == 0, err
-
-
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_any_script_with_its_code(signum, code, capsys):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest's may ignore it
@@ -434,19 +263,3 @@ def test_a_signal_ends_any_script_with_its_code(signum, code, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert stop.value.code == code and f"stopped by signal {signum.value}." in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_is_said_before_the_work(run, tmp_path):
-    (tmp_path / "file").write_text("")
-    code, out, err = run("evaluate.py", "--models", SHIPPED, "--out-dir", tmp_path / "file" / "reports")
-    assert code == 1 and "cannot write in" in error_line(err) and "to do" not in out
-
-
-def test_infer_without_mnist_says_so(run, tmp_path):
-    code, out, _ = run("infer.py", "--data-dir", tmp_path, "--out", tmp_path / "a.png", "--n", 400)
-    assert code == 0 and "scikit-learn" in out and "only 360 of these real digits" in out
-
-
-def test_a_process_of_its_own_prints_one_line(tmp_path):
-    result = run_process("infer.py", "--gan-model", "none.pt", cwd=tmp_path)
-    assert result.returncode == 1 and "none.pt" in error_line(result.stderr)
