@@ -322,6 +322,15 @@ def write_csv(path: str | os.PathLike, rows: list[dict]) -> None:
         temporary.write_text(buffer.getvalue())
 
 
+def earlier_rows(path: str | os.PathLike, columns: set[str]) -> list[dict[str, str]]:
+    """The rows that an earlier run wrote with `write_csv`, as text; none where there is no file, or a column is missing."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        return list(reader) if columns <= set(reader.fieldnames or ()) else []
+
+
 def write_json(path: str | os.PathLike, content: object) -> None:
     """Write dicts, lists and primitives as indented JSON; a figure that is not finite becomes null."""
 

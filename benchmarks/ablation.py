@@ -14,7 +14,6 @@ already are not measured again. Do nothing else on the machine meanwhile.
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import sys
@@ -36,7 +35,7 @@ import train_gan
 from callbacks import EMA, ScheduledLR
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from training import TrainState
-from utils import ExpectedError, choose_device, has_bf16, run_script, write_csv
+from utils import ExpectedError, choose_device, earlier_rows, has_bf16, run_script, write_csv
 
 GAN_RECIPES = ["defaults", "loss=bce", "loss=relativistic", "no_ema", "ema_decay=0.99", "beta1=0.5", "lr=2e-4 d_lr=6e-4",
                "lr=5e-4 d_lr=5e-4", "lr_schedule=constant", "width=16", "width=64", "batch_size=64"]  # fmt: skip
@@ -77,7 +76,8 @@ def main() -> None:
         args.precision = "bf16" if has_bf16(device) else "fp32"
     recipes = {text: trainer_args(args.model, text) for text in args.recipes or RECIPES[args.model]}
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
-    extractor, rows = Extractor(device), read_rows(args.out)
+    extractor, rows = Extractor(device), earlier_rows(args.out, {*KEY, *FIGURES})
+    rows = [{name: cell if name in KEY else float(cell or math.nan) for name, cell in row.items()} for row in rows]
     done = {tuple(row[name] for name in KEY) for row in rows}
     for seed, (text, trainer) in itertools.product(args.seeds, recipes.items()):
         key = (args.model, text, str(seed), f"{args.minutes:g}", str(device), args.precision, str(args.n))
@@ -89,16 +89,6 @@ def main() -> None:
                         for name, value in rows[-1].items()), flush=True)  # fmt: skip
     charts.ablation(args.out.with_suffix(".png"), rows)
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
-
-
-def read_rows(path: Path) -> list[dict]:
-    """The rows of an earlier run, figures as numbers; none where there is no file, or one of other columns."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        reader = csv.DictReader(file)
-        rows = list(reader) if {*KEY, *FIGURES} <= set(reader.fieldnames or ()) else []
-    return [{name: text if name in KEY else float(text or math.nan) for name, text in row.items()} for row in rows]
 
 
 def trainer_args(model: str, recipe: str):

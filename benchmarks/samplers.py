@@ -11,7 +11,6 @@ device and precision is not measured again: an interrupted run goes on where it 
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import sys
@@ -29,7 +28,7 @@ from diffusion import evaluations, evaluations_per_image
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
 from models import DEFAULT_ETA, DEFAULT_STEPS
-from utils import ExpectedError, choose_device, run_script, write_csv
+from utils import ExpectedError, choose_device, earlier_rows, run_script, write_csv
 
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
 SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
@@ -43,7 +42,7 @@ def main() -> None:
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
     flag("--steps", type=flags.positive_int, nargs="+", default=[5, 10, 15, 20, 50], help="of the fast samplers")
     flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, DEFAULT_ETA], help="noise of DPM-Solver++")
-    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="for digits on demand")
+    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.5, 2.0, 2.5, 3.0], help="for digits on demand")
     flag("--seeds", type=flags.positive_int, default=3, help="seeds of the fast samplers and of 100 ancestral steps")
     flag("--full-seeds", type=flags.natural, default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -61,7 +60,7 @@ def main() -> None:
     head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": str(device),
             "precision": args.precision}  # fmt: skip
     wanted = [head | job for job in all_jobs(args, model.config.timesteps)]
-    rows = [row for row in read_rows(table) if row["checkpoint"] == head["checkpoint"]]
+    rows = [row for row in earlier_rows(table, {*KEY, *FIGURES}) if row["checkpoint"] == head["checkpoint"]]
     done = {identity(row) for row in rows}
     jobs = [job for job in wanted if identity(job) not in done]
     costs = [evaluations_per_image(model.levels, job["sampler"], int(job["steps"]), float(job["guidance"])) for job in jobs]
@@ -104,15 +103,6 @@ def score(model, digits: data.Digits, extractor: Extractor, n: int, job: dict[st
     options["watch"] = lambda x, level: bar.update(len(x) * evaluations(level, options["guidance"]))
     scorer = training_scorer(digits, extractor, n, int(job["seed"]), job["drawn"] == "on demand", options)
     return scorer(model)
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of an earlier run; none where there is no file, or one of other columns."""
-    if not path.exists():
-        return []
-    with path.open() as file:
-        reader = csv.DictReader(file)
-        return list(reader) if {*KEY, *FIGURES} == set(reader.fieldnames or ()) else []
 
 
 def report(args, rows: list[dict[str, str]]) -> None:
