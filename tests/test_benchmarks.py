@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import re
+import runpy
 
 import pytest
-from conftest import error_line, read_csv, run_process, tiny_ddpm
+from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
 
 RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1]")
 
@@ -100,6 +101,18 @@ def test_a_recipe_is_trained_as_its_flags_say(mnist_dir, tmp_path):
     result = run_process("benchmarks/ablation.py", "--model", "gan", "--recipes", recipes["gan"][0], "--seeds", 0, 1, *args)
     assert result.returncode == 0 and out.read_text().startswith(before)  # the first seed is there already
     assert [row["seed"] for row in read_csv(out)] == ["0"] * 4 + ["1"] and out.with_suffix(".png").stat().st_size > 1000
+
+
+def test_every_recipe_of_the_study_is_another_one():
+    study = runpy.run_path(str(ROOT / "benchmarks" / "ablation.py"))
+    knobs = (study["GAN_KNOBS"] | study["DIFFUSION_KNOBS"]) - {"preset"}
+    for model, recipes in study["RECIPES"].items():
+        trainers = [vars(study["trainer_args"](model, recipe)) for recipe in recipes]
+        settings = [{name: flags[name] for name in knobs & flags.keys()} for flags in trainers]
+        assert len(settings) == len(recipes) > 10 and all(settings.count(setting) == 1 for setting in settings)
+        reference, defaults = (settings[recipes.index(recipe)] for recipe in ("preset=reference", "defaults"))
+        assert (reference["lr"], reference["batch_size"], reference["lr_schedule"]) == (1e-4, 128, "constant")
+        assert reference.keys() == defaults.keys() and reference["lr"] != defaults["lr"]
 
 
 def test_a_recipe_without_effect_is_refused(tmp_path):
