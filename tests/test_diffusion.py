@@ -6,12 +6,14 @@ import itertools
 import math
 
 import pytest
+import scipy.stats
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import diffusion
 import flags
 import models
+from data import load_digits, to_model_range
 from diffusion import CLEAN, Level
 
 THEIR_NAME = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
@@ -332,7 +334,7 @@ def test_the_noise_of_dpm_solver_leaves_the_distribution_as_it_is(eta):
 
 
 def test_dpm_solver_renews_noise_below_its_bound_alone():
-    """The states of a sampling with noise are those of one without until the first step from below the bound, and then not."""
+    """The states of a sampling with noise are those of one without, up to the first step from below the bound."""
     levels, seen = log_snr_grid(40), {}
     for eta in (0.0, 1.5):
         states = seen[eta] = []
@@ -346,6 +348,26 @@ def test_dpm_solver_renews_noise_below_its_bound_alone():
     same = [torch.equal(*states) for states in zip(*seen.values(), strict=True)]
     below = [level.noise_to_signal <= diffusion.RENEWED_BELOW for level in levels]
     assert same == [True] + [not acted for acted in below[:-2]] and 3 < sum(same) < 37
+
+
+@pytest.mark.parametrize(("renewed_below", "fair"), [(diffusion.RENEWED_BELOW, True), (math.inf, False)])
+def test_noise_that_is_renewed_too_early_favours_some_digits(mnist_dir, renewed_below, fair):
+    """Data of 500 images have an exact denoiser, so whatever is drawn too often comes from the sampler: its default one."""
+    digits = load_digits("mnist", "train", mnist_dir, torch.device("cpu")).subset(500, "few")
+    images = to_model_range(digits.images).flatten(1)
+    squares, any_of_them = images.square().sum(1), torch.ones(1, len(images), dtype=torch.bool)
+
+    def denoise(x, level):
+        alpha, sigma = (torch.full((len(x), 1), value) for value in (level.alpha, level.sigma))
+        return diffusion.posterior_mean(x, alpha, sigma, images, squares, any_of_them)
+
+    grid = diffusion.noise_grid(diffusion.noise_levels("cosine", 1000), models.DEFAULT_STEPS)
+    noise = torch.randn(4000, 784, generator=torch.Generator().manual_seed(1))
+    x = diffusion.dpm_solver(denoise, noise, grid, torch.Generator().manual_seed(0), models.DEFAULT_ETA, renewed_below)
+    drawn = digits.labels[(2 * x @ images.T - squares).argmax(1)].bincount(minlength=10)  # as the nearest image is labelled
+    expected = digits.labels.bincount(minlength=10) * (len(x) / len(digits))
+    p_value = scipy.stats.chisquare(drawn.numpy(), expected.numpy()).pvalue
+    assert p_value > 1e-3 if fair else p_value < 1e-9
 
 
 def test_the_noise_of_dpm_solver_forgives():
