@@ -28,8 +28,8 @@ lint: $(VENV)/installed-dev
 
 results: install
 	$(BIN)/python evaluate.py --precision $(PRECISION) --out-dir reports
-	$(BIN)/python benchmarks/samplers.py --precision $(PRECISION)
-	$(BIN)/python benchmarks/pitfalls.py
+	$(BIN)/python benchmarks/samplers.py --precision $(PRECISION) --steps 5 10 15 20 --full-seeds 0
+	$(BIN)/python benchmarks/pitfalls.py --precision $(PRECISION)
 	$(BIN)/python benchmarks/self_check.py
 	$(BIN)/python infer.py --denoising-gif samples/diffusion_denoising.gif
 	$(BIN)/python inference.py

@@ -57,6 +57,7 @@ NOISE_RANGE, RHO = (12.0, 0.08), 7  # of `noise_grid`: noise-to-signal ratios, a
 # The noise-to-signal ratios at which guidance acts. Where there is more noise it makes all samples of a digit alike, where
 # there is less it has nothing left to decide (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 GUIDANCE_RANGE = (0.25, 2.0)
+RENEWED_BELOW = 2.0  # the noise-to-signal ratio below which `dpm_solver` renews noise
 
 
 def betas(schedule: str, timesteps: int) -> Tensor:
@@ -220,13 +221,22 @@ def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, e
     return x
 
 
-def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, eta: float = 0.0) -> Tensor:
+def dpm_solver(
+    denoise: Denoise,
+    x: Tensor,
+    grid: list[Level],
+    rng: torch.Generator,
+    eta: float = 0.0,
+    renewed_below: float = RENEWED_BELOW,
+) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, of the reverse process with `eta` times the usual noise.
 
     eta = 0 is the flow without noise: deterministic, second order. eta = 1 is the reverse of the forward process, which
     ancestral sampling follows too (SDE-DPM-Solver++(2M), their appendix). Any eta leads to the same distribution (tau of
     Xue et al. 2023, section 4): the noise is taken away again by `denoise`, and an error of earlier steps with it, so
-    that a large one forgives an imperfect network, and wants more steps.
+    that a large one forgives an imperfect network, and wants more steps. So it acts only below a noise-to-signal ratio of
+    `renewed_below` (Karras et al. 2022, algorithm 2, whose bound is S_tmax): above, few steps with renewed noise draw some
+    digits more often than others, even with the exact estimates of x0.
 
     Its first step is of first order; so is one that ends at the clean image, where the extrapolation has no meaning.
     """
@@ -237,9 +247,10 @@ def dpm_solver(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Genera
         estimate = x0
         if previous is not None and then.sigma:
             estimate = x0 + step / (2 * previous_step) * (x0 - previous)  # extrapolated to the middle of the step
-        renewed = eta**2 * step if eta else 0.0  # how often, on a logarithmic scale, the noise of x is replaced
+        acts = eta and now.noise_to_signal <= renewed_below
+        renewed = eta**2 * step if acts else 0.0  # how often, on a logarithmic scale, the noise of x is replaced
         x = then.sigma / now.sigma * math.exp(-renewed) * x - then.alpha * math.expm1(-step - renewed) * estimate
-        if eta and then.sigma:
+        if acts and then.sigma:
             x = x + then.sigma * math.sqrt(-math.expm1(-2 * renewed)) * _normal_like(x, rng)
         previous, previous_step = x0, step
     return x

@@ -116,7 +116,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 # Of models.py, which needs torch: samplers, with the largest eta of each, and steps and eta of the default one
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
-SAMPLERS, DEFAULT_STEPS, DEFAULT_ETA = tuple(MAX_ETA), 15, 1.5
+SAMPLERS, DEFAULT_STEPS, DEFAULT_ETA = tuple(MAX_ETA), 15, 2.5
 DIGIT_GUIDANCE = 2.0  # more right digits than 1, by benchmarks/samplers.py
 
 # `--preset reference`: the table of the classic student projects, to compare the defaults against.
@@ -239,7 +239,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 15, or all of fewer timesteps)")  # fmt: skip
     flag("--eta", type=noise_strength, default=None,
-         help="noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: 1.5; ddim: 0)")  # fmt: skip
+         help="noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: 2.5; ddim: 0)")  # fmt: skip
     flag("--guidance", type=guidance_weight, default=1.0,
          help="guidance of those samples: 1 is plain conditional sampling; others cost more")  # fmt: skip
     parser.set_defaults(width=16, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=500)
@@ -253,7 +253,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 15; ddpm: every timestep)")  # fmt: skip
     flag("--eta", type=noise_strength, default=None,
-         help="noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: 1.5; ddim: 0)")  # fmt: skip
+         help="noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: 2.5; ddim: 0)")  # fmt: skip
     flag("--precision", choices=("fp32", "bf16"), default=None,
          help="of a diffusion model's evaluations; bf16 is faster where the device has it (default: fp32)")  # fmt: skip
     if guidance:

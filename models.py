@@ -27,7 +27,7 @@ from utils import autocast
 NORMS = ("batch", "spectral", "none")
 PRECISIONS = ("fp32", "bf16")
 DEFAULT_STEPS = 15  # of the fast samplers
-DEFAULT_ETA = 1.5  # of DPM-Solver++; both by benchmarks/samplers.py
+DEFAULT_ETA = 2.5  # of DPM-Solver++; both by benchmarks/samplers.py
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
 

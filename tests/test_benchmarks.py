@@ -24,7 +24,7 @@ def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path)
     assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "4", "0")]
     assert not any(row["label_accuracy"] for row in free)
     asked = [row for row in rows if row["drawn"] == "on demand"]
-    assert [(row["eta"], row["guidance"]) for row in asked] == [("1.5", "1"), ("1.5", "1.3")]
+    assert [(row["eta"], row["guidance"]) for row in asked] == [("2.5", "1"), ("2.5", "1.3")]
     assert all(row["label_accuracy"] for row in asked)
     assert len({row["fid"] for row in rows}) == len(rows)  # no option was ignored
 

@@ -207,7 +207,7 @@ def test_an_unconditional_model_cannot_be_guided():
 def test_the_options_in_full():
     network = small("ddpm")
     assert network.sample_options() == {
-        "sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 1.5, "precision": "fp32",
+        "sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 2.5, "precision": "fp32",
     }  # fmt: skip
     assert network.sample_options(sampler="ddim")["eta"] == 0
     assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50

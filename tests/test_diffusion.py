@@ -232,7 +232,7 @@ def test_dpm_solver_agrees(steps, schedule, eta, algorithm):
     scheduler = theirs(DPMSolverMultistepScheduler, schedule, "v", algorithm_type=algorithm, solver_order=2,
                        timestep_spacing="trailing", final_sigmas_type="zero")  # fmt: skip
     x, grid = torch.randn(4, 1, 7, 7), diffusion.time_grid(diffusion.noise_levels(schedule, 1000), steps)
-    ours = diffusion.dpm_solver(denoiser("v"), x, grid, torch.Generator().manual_seed(0), eta)
+    ours = diffusion.dpm_solver(denoiser("v"), x, grid, torch.Generator().manual_seed(0), eta, renewed_below=math.inf)
     assert torch.allclose(ours, run_theirs(scheduler, x, steps), atol=1e-5)
 
 
@@ -329,6 +329,23 @@ def test_the_noise_of_dpm_solver_leaves_the_distribution_as_it_is(eta):
     assert float(found.std()) == pytest.approx(spread(end), rel=0.01)
     correlation = float(torch.corrcoef(torch.stack([x, found]))[0, 1])
     assert correlation < 0.99  # the noise did act
+
+
+def test_dpm_solver_renews_noise_below_its_bound_alone():
+    """The states of a sampling with noise are those of one without until the first step from below the bound, and then not."""
+    levels, seen = log_snr_grid(40), {}
+    for eta in (0.0, 1.5):
+        states = seen[eta] = []
+        x = torch.randn(100, generator=torch.Generator().manual_seed(1)).double()
+
+        def denoise(x, level, states=states):
+            states.append(x)
+            return best_denoiser(x, level)
+
+        diffusion.dpm_solver(denoise, x, levels, torch.Generator().manual_seed(0), eta)
+    same = [torch.equal(*states) for states in zip(*seen.values(), strict=True)]
+    below = [level.noise_to_signal <= diffusion.RENEWED_BELOW for level in levels]
+    assert same == [True] + [not acted for acted in below[:-2]] and 3 < sum(same) < 37
 
 
 def test_the_noise_of_dpm_solver_forgives():
