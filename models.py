@@ -313,9 +313,8 @@ class DDPM(nn.Module):
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
             steps: network evaluations (pairs of them where guidance acts); by default 15, and every timestep for `ddpm`.
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
-            eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++`, which renews noise
-                below diffusion.RENEWED_BELOW alone, at most 10, and by default DEFAULT_ETA; of `ddim` at most 1, and by
-                default 0.
+            eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` (below
+                diffusion.RENEWED_BELOW) at most 10, and by default DEFAULT_ETA; of `ddim` at most 1, and by default 0.
             precision: of the network's evaluations: `fp32`, or `bf16`, which is faster where the device has it.
             chunk_size: images per forward pass; it bounds the memory.
             watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level: for pictures

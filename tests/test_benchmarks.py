@@ -14,14 +14,14 @@ RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1
 
 def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path):
     """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another checkpoint."""
-    tiny, out = tiny_ddpm(tmp_path, timesteps=4), tmp_path / "out"
-    args = ["--model", tiny, "--n", 500, "--steps", 3, 4, 15, "--eta", 0, 2, "--guidance", 1, 1.3]
+    tiny, out = tiny_ddpm(tmp_path, timesteps=8), tmp_path / "out"
+    args = ["--model", tiny, "--n", 500, "--steps", 6, 8, 15, "--eta", 0, 2, "--guidance", 1, 1.3]
     args += ["--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
     assert run_process("benchmarks/samplers.py", *args).returncode == 0
     rows = read_csv(out / "samplers.csv")
     free = [row for row in rows if row["drawn"] == "any digit"]
-    curves = [("dpm-solver++", steps, eta) for steps in "34" for eta in "02"] + [("ddim", "3", "0"), ("ddim", "4", "0")]
-    assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "4", "0")]
+    curves = [("dpm-solver++", steps, eta) for steps in "68" for eta in "02"] + [("ddim", "6", "0"), ("ddim", "8", "0")]
+    assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "8", "0")]
     assert not any(row["label_accuracy"] for row in free)
     asked = [row for row in rows if row["drawn"] == "on demand"]
     assert [(row["eta"], row["guidance"]) for row in asked] == [("2.5", "1"), ("2.5", "1.3")]

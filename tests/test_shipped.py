@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import math
 import runpy
 
 import pytest
@@ -163,8 +165,8 @@ def test_the_shipped_generator_scores_what_its_log_says(extractor, mnist_dir, ti
 
 def test_the_shipped_diffusion_model_scores_what_its_log_says(extractor, mnist_dir, monkeypatch):
     """With fewer samples, as they take long: compared by what lies above the floor of either size. It was trained when the
-    monitor's steps were evenly spaced in time."""
-    monkeypatch.setitem(diffusion.GRIDS, "dpm-solver++", diffusion.time_grid)
+    monitor's sampler renewed noise at every level."""
+    monkeypatch.setitem(diffusion.SAMPLERS, "dpm-solver++", functools.partial(diffusion.dpm_solver, renewed_below=math.inf))
     generator = load_generator(CHECKPOINTS / "best_DIFF.pt")
     flags, figures = generator.meta["flags"], generator.meta["metrics"]
     options = {name: flags[name] for name in ("sampler", "steps", "eta", "guidance")}
