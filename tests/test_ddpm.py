@@ -1,4 +1,4 @@
-"""The diffusion model: its U-Net, its loss, its options of sampling, and its training step."""
+"""The diffusion model: its loss, its options of sampling, and its training step."""
 
 from __future__ import annotations
 
