@@ -163,8 +163,9 @@ def posterior_mean(x: Tensor, alpha: Tensor, sigma: Tensor, images: Tensor, squa
         images: the clean ones, [N, D], and `squares`, their squared norms [N].
         possible: bool [B, N], which of them x can come from; for each x at least one.
     """
-    log_likelihood = (alpha * (x @ images.T) - alpha.square() / 2 * squares) / sigma.square()  # + const
-    return log_likelihood.masked_fill(~possible, -math.inf).softmax(1) @ images
+    log_likelihood = (alpha / sigma.square() * x) @ images.T
+    log_likelihood.addcmul_(-alpha.square() / (2 * sigma.square()), squares)  # + const; in place: N is large
+    return log_likelihood.masked_fill_(~possible, -math.inf).softmax(1) @ images
 
 
 def stratified_times(n: int, timesteps: int, rng: torch.Generator, power: float = 1.0) -> Tensor:

@@ -232,7 +232,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--label-dropout",
         type=fraction,
-        default=0.1,
+        default=0.5,
         help="share of labels hidden, to learn unconditional sampling; 0: it is not learnt",
     )
     flag("--sampler", choices=SAMPLERS, default="dpm-solver++", help="sampler of the monitor and of the GIF")
