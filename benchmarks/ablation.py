@@ -6,8 +6,9 @@ instead. The number of steps that fit into the time is estimated from a few time
 trainer's schedule over them. Scored is the EMA, as the monitor does: the GANs with their own labels, a diffusion model
 without labels (`fid`) and asked for digits (`fid_asked`).
 
-Results go to reports/ablation.csv, each as soon as it is known, and the chart to ablation.png beside it; rows that are there
-already are not measured again. Do nothing else on the machine meanwhile.
+Results go to reports/ablation.csv, each as soon as it is known; rows that are there already are not measured again. The
+chart beside it, ablation.png, shows those of the same minutes, samples, device and precision. Do nothing else on the
+machine meanwhile.
 
     python benchmarks/ablation.py --model gan --minutes 5
     python benchmarks/ablation.py --model diffusion --minutes 10 --recipes defaults "muon_lr=0 lr=1e-3" label_dropout=0.2
@@ -38,17 +39,22 @@ from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from training import TrainState
 from utils import ExpectedError, choose_device, earlier_rows, has_bf16, run_script, write_csv
 
-# The classic table, then one change of it at a time; last, what the trainer does by default
+# From the classic table one thing changed at a time; from the defaults one thing put back, or another choice
 REFERENCE = "preset=reference"
 GAN_CHANGES = ("loss=hinge", "loss=relativistic", "no_ema", "beta1=0", "lr=5e-4 d_lr=5e-4", "width=32", "batch_size=64")
+GAN_RETURNS = ("loss=bce", "loss=relativistic", "no_ema", "beta1=0.5", "lr=1e-4 d_lr=1e-4", "width=64", "batch_size=64",
+               "lr_schedule=constant")  # fmt: skip
 DIFFUSION_CHANGES = ("schedule=cosine", "prediction=v", "label_dropout=0.5", "no_ema", "lr=1e-3", "lr_schedule=cosine",
                      "width=24", "muon_lr=3e-3")  # fmt: skip
-GAN_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in GAN_CHANGES), "defaults"]
-DIFFUSION_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in DIFFUSION_CHANGES), "defaults"]
+DIFFUSION_RETURNS = ("schedule=linear", "prediction=eps", "label_dropout=0.1", "no_ema", "muon_lr=0", "width=8", "width=24",
+                     "batch_size=128", "stable_targets=0", "time_power=1", "lr_schedule=constant")  # fmt: skip
+GAN_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in GAN_CHANGES), "defaults", *GAN_RETURNS]
+DIFFUSION_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in DIFFUSION_CHANGES), "defaults", *DIFFUSION_RETURNS]
 RECIPES = {"gan": GAN_RECIPES, "cgan": GAN_RECIPES, "diffusion": DIFFUSION_RECIPES}
 PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusion": train_diffusion.parse_args}
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
-KEY = ("model", "recipe", "seed", "minutes", "device", "precision", "n")  # of a row
+COMPARED = ("minutes", "device", "precision", "n")  # what the rows of a chart have in common
+KEY = ("model", "recipe", "seed", *COMPARED)  # of a row
 TIMED_STEPS = 15
 # What a recipe may set: the rest of a trainer's flags has no effect here
 SHARED_KNOBS = {"preset", "width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size"}
@@ -79,15 +85,17 @@ def main() -> None:
     extractor, rows = Extractor(device), earlier_rows(args.out, {*KEY, *FIGURES})
     rows = [{name: cell if name in KEY else float(cell or math.nan) for name, cell in row.items()} for row in rows]
     done = {tuple(row[name] for name in KEY) for row in rows}
+    compared = {"minutes": f"{args.minutes:g}", "device": str(device), "precision": args.precision, "n": str(args.n)}
     for seed, (text, trainer) in itertools.product(args.seeds, recipes.items()):
-        key = (args.model, text, str(seed), f"{args.minutes:g}", str(device), args.precision, str(args.n))
-        if key in done:
+        job = {"model": args.model, "recipe": text, "seed": str(seed)} | compared
+        if tuple(job.values()) in done:
             continue
-        rows.append(dict(zip(KEY, key)) | measure(args, trainer, digits, extractor, seed))
+        rows.append(job | measure(args, trainer, digits, extractor, seed))
         write_csv(args.out, rows)
         print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                         for name, value in rows[-1].items()), flush=True)  # fmt: skip
-    charts.ablation(args.out.with_suffix(".png"), rows)
+    alike = [row for row in rows if [row[name] for name in COMPARED] == list(compared.values())]
+    charts.ablation(args.out.with_suffix(".png"), alike)
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
 
 
