@@ -4,7 +4,8 @@ Any digit (the null class): DPM-Solver++ with several strengths of noise, and DD
 sampling. Digits on demand: guidance, with the default steps and noise. Each is scored with several seeds by the
 monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
 defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n,
-device and precision is not measured again: an interrupted run goes on where it was. Rows of other checkpoints are dropped.
+device and precision is not measured again: an interrupted run goes on where it was. Rows of other checkpoints, and of
+samplers with other constants, are dropped.
 
     python benchmarks/samplers.py
 """
@@ -24,7 +25,7 @@ import charts
 import data
 import flags
 from checkpoint import file_sha256, load_generator
-from diffusion import evaluations, evaluations_per_image
+from diffusion import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations, evaluations_per_image
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
 from models import DEFAULT_ETA, DEFAULT_STEPS
@@ -32,7 +33,15 @@ from utils import ExpectedError, choose_device, earlier_rows, run_script, write_
 
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
 SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
-KEY = ("checkpoint", "n", "device", "precision", *SETTING, "seed")
+MEASURED = ("checkpoint", "constants")  # of what
+KEY = (*MEASURED, "n", "device", "precision", *SETTING, "seed")
+CONSTANTS = "; ".join(
+    (
+        f"noise grid {NOISE_RANGE[0]:g}-{NOISE_RANGE[1]:g} rho {RHO}",
+        f"renewed below {RENEWED_BELOW:g}",
+        f"guidance at {GUIDANCE_RANGE[0]:g}-{GUIDANCE_RANGE[1]:g}",
+    )
+)
 
 
 def main() -> None:
@@ -57,10 +66,10 @@ def main() -> None:
         raise ExpectedError(f"{args.model} holds no diffusion model of ten classes, whose samplers could be compared")
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
     extractor, table = Extractor(device), args.out_dir / "samplers.csv"
-    head = {"checkpoint": file_sha256(args.model)[:16], "n": str(args.n), "device": str(device),
+    head = {"checkpoint": file_sha256(args.model)[:16], "constants": CONSTANTS, "n": str(args.n), "device": str(device),
             "precision": args.precision}  # fmt: skip
     wanted = [head | job for job in all_jobs(args, model.config.timesteps)]
-    rows = [row for row in earlier_rows(table, {*KEY, *FIGURES}) if row["checkpoint"] == head["checkpoint"]]
+    rows = [row for row in earlier_rows(table, {*KEY, *FIGURES}) if all(row[name] == head[name] for name in MEASURED)]
     done = {identity(row) for row in rows}
     jobs = [job for job in wanted if identity(job) not in done]
     costs = [evaluations_per_image(model.levels, job["sampler"], int(job["steps"]), float(job["guidance"])) for job in jobs]
