@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 import distributed
 from experiment import Experiment
+from graphs import Replayed
 from guard import Guard
 from models import build
 from training import TrainState
-from utils import UsageError, autocast, keyed_generator
+from utils import UsageError, autocast, reseeded
 
 
 class GANLoss(NamedTuple):
@@ -82,21 +83,28 @@ class GANStep:
         precision: str,
     ):
         self.generator, self.discriminator, self.loss = generator, discriminator, loss
-        self.generator_optimizer, self.discriminator_optimizer = optimizers["lr"], optimizers["d_lr"]
-        self.state, self.seed, self.precision = state, seed, precision
+        self.optimizers, self.state, self.seed, self.precision = optimizers, state, seed, precision
         self.guard = Guard(generator, discriminator)
         self.conditional = generator.config.num_classes > 0
+        self.rng = torch.Generator(next(generator.parameters()).device)
+        self.replayed = Replayed(self.update, self.rng, optimizers)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        reseeded(self.rng, self.seed, "noise", self.state.step)
+        penalised = self.loss.penalty > 0 and self.state.step % PENALTY_EVERY == 0
+        return self.replayed(images, labels, variant=penalised)
+
+    def update(self, images: Tensor, labels: Tensor, penalised: bool) -> dict[str, Tensor]:
+        """Both updates, with the random numbers that `rng` draws next; `penalised`: with gradient penalties."""
         rows = distributed.share(len(images))
-        noise = self._noise(len(images))[rows].to(images.device)
+        noise = torch.randn(len(images), self.generator.config.latent_dim, generator=self.rng, device=images.device)[rows]
         questions = self._questions(labels)[:, rows] if self.conditional else None  # [2, B]
         images, labels = images[rows], questions[0] if self.conditional else None
         self.guard.keep()
         with autocast(images.device, self.precision):
             fake = self.generator(noise, labels)  # [B, 1, 28, 28], used by both updates
 
-        loss_d = self._update_discriminator(images, fake.detach(), questions)
+        loss_d = self._update_discriminator(images, fake.detach(), questions, penalised)
         loss_g = self._update_generator(images, fake, labels)
         self.guard.restore()
         return {"loss_d": loss_d, "loss_g": loss_g}
@@ -107,19 +115,14 @@ class GANStep:
         mismatch = MISMATCH_WEIGHT * float(self.loss.mismatch(zero, zero)) if self.conditional else 0.0
         return float(self.loss.discriminator(zero, zero)) + mismatch
 
-    def _noise(self, n: int) -> Tensor:
-        rng = keyed_generator("cpu", self.seed, "noise", self.state.step)
-        return torch.randn(n, self.generator.config.latent_dim, generator=rng)
-
     def _questions(self, labels: Tensor) -> Tensor:
         """[2, B]: the labels, and for each of them another one, uniformly."""
-        classes, rng = self.generator.config.num_classes, keyed_generator("cpu", self.seed, "wrong labels", self.state.step)
-        wrong = (labels + torch.randint(1, classes, labels.shape, generator=rng).to(labels.device)) % classes
-        return torch.stack([labels, wrong])
+        classes = self.generator.config.num_classes
+        wrong = labels + torch.randint(1, classes, labels.shape, generator=self.rng, device=labels.device)
+        return torch.stack([labels, wrong % classes])
 
-    def _update_discriminator(self, real: Tensor, fake: Tensor, questions: Tensor | None) -> Tensor:
+    def _update_discriminator(self, real: Tensor, fake: Tensor, questions: Tensor | None, penalised: bool) -> Tensor:
         self.discriminator.requires_grad_(True)
-        penalised = self.loss.penalty and self.state.step % PENALTY_EVERY == 0
         if penalised:
             real, fake = real.detach().requires_grad_(), fake.requires_grad_()
         with autocast(real.device, self.precision):
@@ -134,7 +137,7 @@ class GANStep:
         if penalised:
             penalty = gradient_penalty(real_logit, real) + gradient_penalty(fake_logit, fake)
             total = loss + 0.5 * PENALTY_EVERY * self.loss.penalty * penalty
-        return self.guard.update(total, self.discriminator_optimizer)
+        return self.guard.update(total, self.optimizers["d_lr"])
 
     def _judge(self, real: Tensor, fake: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The logits [B] of both, with labels [K, B] those of each question, [K, B].
@@ -152,7 +155,7 @@ class GANStep:
         with autocast(real.device, self.precision):
             real_logit = self.discriminator(real, labels) if self.loss.paired else None
             loss = self.loss.generator(real_logit, self.discriminator(fake, labels))
-        return self.guard.update(loss, self.generator_optimizer)
+        return self.guard.update(loss, self.optimizers["lr"])
 
 
 def gradient_penalty(logit: Tensor, images: Tensor) -> Tensor:
@@ -192,9 +195,9 @@ def assemble(
     networks = {"generator": generator, "discriminator": discriminator}
     for network in networks.values():
         network.to(device, memory_format=torch.channels_last)  # faster convolutions on CPU and GPU
-    betas = (args.beta1, 0.999)
+    how = {"betas": (args.beta1, 0.999), "fused": True, "capturable": device.type == "cuda"}
     optimizers = {
-        "lr": torch.optim.Adam(generator.parameters(), lr=args.lr, betas=betas, fused=True),
-        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr, betas=betas, fused=True),
+        "lr": torch.optim.Adam(generator.parameters(), lr=args.lr, **how),
+        "d_lr": torch.optim.Adam(discriminator.parameters(), lr=args.d_lr, **how),
     }
     return networks, optimizers, GANStep(generator, discriminator, optimizers, loss, state, args.seed, precision)

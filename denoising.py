@@ -13,11 +13,12 @@ import diffusion
 import distributed
 from checkpoint import file_sha256, load_generator
 from experiment import Experiment
+from graphs import Replayed
 from guard import Guard
 from models import DDPM, build
 from muon import Muon
 from training import TrainState
-from utils import UsageError, autocast, keyed_generator
+from utils import UsageError, autocast, reseeded
 
 DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
 
@@ -68,12 +69,18 @@ class DiffusionStep:
         self.precision, self.grad_clip = precision, grad_clip
         self.label_dropout, self.time_power, self.expected = label_dropout, time_power, expected
         self.guard = Guard()  # the model's buffers are constants
+        self.rng = torch.Generator(next(model.parameters()).device)
+        self.replayed = Replayed(self.update, self.rng, optimizers)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        rng = keyed_generator(images.device, self.seed, "diffusion", self.state.step)
+        reseeded(self.rng, self.seed, "diffusion", self.state.step)
+        return self.replayed(images, labels)
+
+    def update(self, images: Tensor, labels: Tensor, _variant: None = None) -> dict[str, Tensor]:
+        """The update, with the random numbers that `rng` draws next."""
         rows = distributed.share(len(images))
         with autocast(images.device, self.precision):
-            loss = self.model.loss(images, labels, rng, self.label_dropout, self.time_power, self.expected, rows)
+            loss = self.model.loss(images, labels, self.rng, self.label_dropout, self.time_power, self.expected, rows)
         return {"loss": self.guard.update(loss, *self.optimizers.values(), clip=self.grad_clip)}
 
 
@@ -130,7 +137,8 @@ def make_optimizers(model: DDPM, lr: float, muon_lr: float, precision: str = "fp
     outside = ("unet.stem.", "unet.head.", "unet.label.")
     hidden = [name for name, p in parameters.items() if p.ndim > 1 and not name.startswith(outside)] if muon_lr else []
     others = [p for name, p in parameters.items() if name not in hidden]
-    optimizers = {"lr": torch.optim.Adam(others, lr=lr, fused=True)}
+    on_gpu = next(model.parameters()).is_cuda
+    optimizers = {"lr": torch.optim.Adam(others, lr=lr, fused=True, capturable=on_gpu)}
     if hidden:
         optimizers["muon_lr"] = Muon([parameters[name] for name in hidden], lr=muon_lr, precision=precision)
     return optimizers

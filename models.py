@@ -26,10 +26,10 @@ from utils import autocast
 
 NORMS = ("batch", "spectral", "none")
 PRECISIONS = ("fp32", "bf16")
-DEFAULT_STEPS = 15  # of the fast samplers
-DEFAULT_ETA = 2.5  # of DPM-Solver++; both by benchmarks/samplers.py
+DEFAULT_STEPS, DEFAULT_ETA = 15, 2.5  # of the fast samplers, of DPM-Solver++; both by benchmarks/samplers.py
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
+CHUNK_SIZE = {"cpu": 125, "cuda": 2000}  # images in an evaluation, by benchmarks/choices.py
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ class DDPM(nn.Module):
         guidance: float = 1.0,
         eta: float | None = None,
         precision: str = "fp32",
-        chunk_size: int = 125,
+        chunk_size: int | None = None,
         watch: Callable[[Tensor, diffusion.Level], None] | None = None,
         rows: slice = slice(None),
     ) -> Tensor:
@@ -316,14 +316,14 @@ class DDPM(nn.Module):
             eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` (below
                 diffusion.RENEWED_BELOW) at most 10, and by default DEFAULT_ETA; of `ddim` at most 1, and by default 0.
             precision: of the network's evaluations: `fp32`, or `bf16`, which is faster where the device has it.
-            chunk_size: images per forward pass; it bounds the memory.
-            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level: for pictures
-                of the denoising and for progress bars.
+            chunk_size: images per forward pass, by default as many as are fast on the device; it bounds the memory.
+            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level, to show them.
             rows: which of the n images are computed and returned; they do not depend on it.
 
         Raises:
             ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
         """
+        chunk_size = CHUNK_SIZE[self.alpha.device.type] if chunk_size is None else chunk_size
         check_request(n, labels, self.config.num_classes, chunk_size)
         options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta, precision=precision)
         grid = diffusion.GRIDS[sampler](self.levels, options["steps"])

@@ -208,8 +208,13 @@ def keyed_generator(device: torch.device | str, *key: int | str) -> torch.Genera
     """
     import torch
 
+    return reseeded(torch.Generator(device), *key)
+
+
+def reseeded(generator: torch.Generator, *key: int | str) -> torch.Generator:
+    """The generator, at the beginning of what `keyed_generator` draws with that key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @contextlib.contextmanager

@@ -34,16 +34,21 @@ import flags
 import train_diffusion
 import train_gan
 from callbacks import EMA
+from models import CHUNK_SIZE
 from training import TrainState
 from unet import Attention
 from utils import choose_device, run_script
 
 AS_IS = "as it is"
+ON_A_GPU = ["no CUDA graph"]  # choices that a CPU does not have
 SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
+SHARED += ON_A_GPU
 GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
 DIFFUSION = [AS_IS, "channels last", "fused attention", *SHARED]
-SAMPLED = 500  # images in a step of the sampling's table
-SAMPLING = [AS_IS, "channels last", "fused attention", "compiled", *(f"chunks of {n}" for n in (25, 50, 250, 500))]
+SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
+CHUNKS = {"cpu": (25, 50, 250, 500), "cuda": (125, 500, 1000, 5000)}
+SAMPLING = [AS_IS, "channels last", "fused attention", "compiled"]
+SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
 
 
 def main() -> None:
@@ -68,7 +73,9 @@ def main() -> None:
     device = choose_device(args.device)
     after = {table: time_loops(args, device, *table, [AS_IS]) for table in before}
     for what, precision in wanted:
-        choices = [choice for choice in TABLES[what][1] if args.undo is None or choice in (AS_IS, *args.undo)]
+        choices = possible(TABLES[what][1], device)
+        if args.undo is not None:
+            choices = [choice for choice in choices if choice in (AS_IS, *args.undo)]
         tables = {what: time_loops(args, device, what, precision, choices)} if choices != [AS_IS] else {}
         if on_cpu:
             pair = {"our allocator settings": after, "the C library's": before}
@@ -76,18 +83,26 @@ def main() -> None:
                 f"{name}, {precision}": timed[what, precision][f"{AS_IS}, {precision}"] for name, timed in pair.items()
             }
         for title, timed in tables.items():
-            report(sized(args, what), device, timed, f"{title}, {precision}")
+            report(sized(args, what, device), device, timed, f"{title}, {precision}")
+
+
+def possible(choices: list[str], device: torch.device) -> list[str]:
+    """Those that mean something on the device."""
+    others = {f"chunks of {n}" for kind, sizes in CHUNKS.items() if kind != device.type for n in sizes}
+    others -= {f"chunks of {n}" for n in CHUNKS[device.type]}
+    others |= set(ON_A_GPU) if device.type == "cpu" else set()
+    return [choice for choice in choices if choice not in others]
 
 
 def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     loops = {f"{choice}, {precision}": TABLES[what][0](args, digits, precision, choice) for choice in choices}
-    return measure(sized(args, what), loops)
+    return measure(sized(args, what, device), loops)
 
 
-def sized(args, what: str) -> argparse.Namespace:
+def sized(args, what: str, device: torch.device) -> argparse.Namespace:
     """The arguments, with the number of images in a step of that table."""
-    return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED if what == "sampling" else args.batch_size})
+    return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED[device.type] if what == "sampling" else args.batch_size})
 
 
 def gan_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
@@ -98,15 +113,17 @@ def gan_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator
     generator, discriminator = networks.values()
     if choice == "convolution as stem":
         generator.stem = ConvolutionStem(generator.config).to(digits.images.device)
-        optimizers["lr"] = step.generator_optimizer = torch.optim.Adam(generator.parameters(), lr=trainer.lr, fused=True)
+        how = {"fused": True, "capturable": digits.images.is_cuda}
+        optimizers["lr"] = torch.optim.Adam(generator.parameters(), lr=trainer.lr, **how)
     elif choice == "Adam not fused":
-        step.generator_optimizer, step.discriminator_optimizer = map(UnfusedAdam, optimizers.values())
+        optimizers.update({name: UnfusedAdam(optimizer) for name, optimizer in optimizers.items()})
     elif choice == "D's unused gradients computed":
         discriminator.requires_grad_ = lambda _: discriminator
     elif choice == "real and fake in two passes":
         step._judge = lambda real, fake: (discriminator(real), discriminator(fake))
     for network in networks.values():
         change_network(network, choice)
+    step.replayed.active &= choice != "no CUDA graph"
     yield from steps(args, digits, step, state, generator, choice)
 
 
@@ -118,6 +135,7 @@ def diffusion_loop(args, digits: data.Digits, precision: str, choice: str) -> It
     if choice == "Adam not fused":
         optimizers["lr"] = UnfusedAdam(optimizers["lr"])
     change_network(network, choice)
+    step.replayed.active &= choice != "no CUDA graph"
     yield from steps(args, digits, step, state, network, choice)
 
 
@@ -134,13 +152,14 @@ def steps(args, digits: data.Digits, step: Callable, state: TrainState, averaged
 
 
 def sampling_loop(_args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
-    """One evaluation of 500 images, in chunks, each time the iterator is advanced."""
-    chunk = int(choice.removeprefix("chunks of ")) if choice.startswith("chunks") else 125
+    """One evaluation of many images, in chunks, each time the iterator is advanced."""
+    kind = digits.images.device.type
+    chunk = int(choice.removeprefix("chunks of ")) if choice.startswith("chunks") else CHUNK_SIZE[kind]
     network = our_network(digits.images.device)
     change_network(network, choice)
     evaluations = evaluation_loop(network, digits.images.device, precision, chunk)
     while True:
-        for _ in range(SAMPLED // chunk):
+        for _ in range(SAMPLED[kind] // chunk):
             next(evaluations)
         yield
 
@@ -194,7 +213,7 @@ class UnfusedAdam(torch.optim.Adam):
 
     def __init__(self, fused: torch.optim.Adam):
         (group,) = fused.param_groups
-        super().__init__(group["params"], lr=group["lr"], betas=group["betas"])
+        super().__init__(group["params"], lr=group["lr"], betas=group["betas"], capturable=group["capturable"])
         self.defaults["fused"] = True
 
     def step(self) -> None:

@@ -52,6 +52,7 @@ def main() -> None:
     digit_command = [sys.executable, str(ROOT / "inference.py"), "--model", digit_model, "--digit", "9", "--outdir"]
     infer_command = [sys.executable, str(ROOT / "infer.py"), "--data-dir", str(data_dir), "--out"]
 
+    digits = 500 if device.type == "cpu" else 10_000
     diffusion_model = load_generator(ROOT / "checkpoints" / "best_DIFF.pt", device)
 
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, n = {args.n}, {args.repeats} repeats")
@@ -63,8 +64,8 @@ def main() -> None:
             [*infer_command, f"{scratch}/infer.png"], check=True, capture_output=True, cwd=ROOT
         ),
         **{
-            f"500 diffusion digits, 15 evaluations, {precision}": functools.partial(
-                diffusion_model.sample, 500, steps=15, precision=precision
+            f"{digits:,} diffusion digits, 15 evaluations, {precision}": functools.partial(
+                diffusion_model.sample, digits, steps=15, precision=precision
             )
             for precision in precisions(device)
         },

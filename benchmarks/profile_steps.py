@@ -22,9 +22,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import data
 import flags
+from graphs import ORDINARY_CALLS
 from utils import choose_device, run_script
 
-WARM_UP = 3  # steps before the profile
+WARM_UP = ORDINARY_CALLS + 2  # steps before the profile; on a GPU one of them records the graph
 
 
 def main() -> None:

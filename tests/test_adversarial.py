@@ -67,7 +67,9 @@ def test_wrong_labels_are_fakes_to_the_discriminator():
     step = make_step("relativistic", "cdcgan")
     step.state.step = 1  # a step without a penalty
     images, labels = torch.rand(16, 1, 28, 28) * 2 - 1, torch.arange(16) % 10
-    noise = torch.randn(16, 100, generator=keyed_generator("cpu", 0, "noise", 1))
+    drawn = keyed_generator("cpu", 0, "noise", 1)  # first the noise, then the wrong labels
+    noise = torch.randn(16, 100, generator=drawn)
+    step.rng.set_state(drawn.get_state())
     with torch.no_grad():
         fake = step.generator(noise, labels)
         wrong_labels = step._questions(labels)[1]
@@ -98,13 +100,13 @@ def test_the_update_is_the_textbook_one():
     bce, one = torch.nn.functional.binary_cross_entropy_with_logits, torch.ones(8)
     noise = torch.randn(8, 100, generator=keyed_generator("cpu", 0, "noise", 0))
     fake = plain.generator(noise)
-    plain.discriminator_optimizer.zero_grad()
+    plain.optimizers["d_lr"].zero_grad()
     bce(plain.discriminator(images), one).backward()
     bce(plain.discriminator(fake.detach()), 0 * one).backward()
-    plain.discriminator_optimizer.step()
-    plain.generator_optimizer.zero_grad()
+    plain.optimizers["d_lr"].step()
+    plain.optimizers["lr"].zero_grad()
     bce(plain.discriminator(fake), one).backward()
-    plain.generator_optimizer.step()
+    plain.optimizers["lr"].step()
     for ours, theirs in ((step.generator, plain.generator), (step.discriminator, plain.discriminator)):
         for key, value in theirs.state_dict().items():
             assert torch.allclose(ours.state_dict()[key].float(), value.float(), atol=1e-4), key
