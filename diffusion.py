@@ -57,7 +57,7 @@ NOISE_RANGE, RHO = (12.0, 0.08), 7  # of `noise_grid`: noise-to-signal ratios, a
 # The noise-to-signal ratios at which guidance acts. Where there is more noise it makes all samples of a digit alike, where
 # there is less it has nothing left to decide (Kynkäänniemi et al. 2024, arXiv 2404.07724).
 GUIDANCE_RANGE = (0.25, 2.0)
-RENEWED_BELOW = 2.0  # the noise-to-signal ratio below which `dpm_solver` renews noise
+RENEWED_BELOW = 2.0  # the noise-to-signal ratio below which `dpm_solver` renews noise, where any digit may come out
 
 
 def betas(schedule: str, timesteps: int) -> Tensor:

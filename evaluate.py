@@ -152,7 +152,7 @@ class Job(NamedTuple):
         """The options in full, as far as they matter here; `precision`, which is also a metric, as `dtype`."""
         if not self.generator.SAMPLE_OPTIONS:
             return {"dtype": "fp32"}
-        options = self.generator.sample_options(**self.options)
+        options = self.generator.sample_options(**self.options, asked=self.by_digit)
         names = ("sampler", "steps", "eta", *(["guidance"] if self.by_digit else []))
         return {"dtype": options["precision"], **{name: options[name] for name in names}}
 

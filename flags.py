@@ -114,10 +114,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-# Of models.py, which needs torch: samplers, with the largest eta of each, and steps and eta of the default one
+# Of models.py, which needs torch: samplers, with the largest eta of each, and steps and etas of the default one
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
-SAMPLERS, DEFAULT_STEPS, DEFAULT_ETA = tuple(MAX_ETA), 15, 2.5
-DIGIT_GUIDANCE = 2.0  # more right digits than 1, by benchmarks/samplers.py
+SAMPLERS, DEFAULT_STEPS, DEFAULT_ETA, DIGIT_ETA = tuple(MAX_ETA), 15, 2.5, 0.8
+ETA_HELP = "noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: {}; ddim: 0)".format(
+    f"{DEFAULT_ETA:g}, {DIGIT_ETA:g} for digits on demand"
+)
+DIGIT_GUIDANCE = 2.25  # more right digits than 1, by benchmarks/samplers.py
 
 # `--preset reference`: the table of the classic student projects, to compare the defaults against.
 REFERENCE = {"epochs": 100, "batch_size": 128, "lr": 1e-4, "lr_schedule": "constant", "ema": True, "ema_decay": 0.999,
@@ -145,7 +148,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
     flag("--ema-decay", type=fraction, default=0.999, help="decay of that average in a step")
     flag("--early-stop", action=switch, default=True, help="stop when the FID has not improved for --patience scorings")
-    flag("--patience", type=positive_int, default=10, help="scorings without a better FID before stopping")
+    flag("--patience", type=positive_int, default=20, help="scorings without a better FID before stopping")
     flag("--eval-every", type=positive_int, default=1, help="epochs between scorings")
     flag(
         "--eval-samples",
@@ -173,7 +176,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the networks; auto is off, which is faster on a CPU",
+        help="torch.compile the networks; auto is off: on a GPU it takes half a minute, and pays in long trainings alone",
     )
     flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
     flag("--seed", type=seed_number, default=0, help="seed of weights, order, noise and scoring")
@@ -212,7 +215,7 @@ def add_gan_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--beta1", type=fraction, default=0.0, help="beta1 of Adam")
     flag("--d-lr", type=learning_rate, default=1.5e-3, help="learning rate of the discriminator")  # fmt: skip
-    parser.set_defaults(width=32, lr=5e-4, lr_schedule="cosine")
+    parser.set_defaults(epochs=60, width=32, lr=5e-4, lr_schedule="cosine")
 
 
 def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
@@ -238,11 +241,10 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--sampler", choices=SAMPLERS, default="dpm-solver++", help="sampler of the monitor and of the GIF")
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 15, or all of fewer timesteps)")  # fmt: skip
-    flag("--eta", type=noise_strength, default=None,
-         help="noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: 2.5; ddim: 0)")  # fmt: skip
+    flag("--eta", type=noise_strength, default=None, help=ETA_HELP)
     flag("--guidance", type=guidance_weight, default=1.0,
          help="guidance of those samples: 1 is plain conditional sampling; others cost more")  # fmt: skip
-    parser.set_defaults(width=16, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=500)
+    parser.set_defaults(epochs=36, width=16, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=500)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -> None:
@@ -252,8 +254,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
          help="sampler of a diffusion model; ddpm: ancestral (default: dpm-solver++)")  # fmt: skip
     flag("--steps", type=positive_int, default=None,
          help="network evaluations of that sampler (default: 15; ddpm: every timestep)")  # fmt: skip
-    flag("--eta", type=noise_strength, default=None,
-         help="noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: 2.5; ddim: 0)")  # fmt: skip
+    flag("--eta", type=noise_strength, default=None, help=ETA_HELP)
     flag("--precision", choices=("fp32", "bf16"), default=None,
          help="of a diffusion model's evaluations; bf16 is faster where the device has it (default: fp32)")  # fmt: skip
     if guidance:

@@ -1,11 +1,10 @@
 """The networks, their configuration dataclasses and the registry that checkpoints and scripts build them from.
 
 Images are float [B, 1, 28, 28] in [-1, 1]; labels are int64 [B] in 0..num_classes-1. A config is carried in every
-checkpoint, so sampling needs no architecture flags. Every generator here is sampled in one way:
+checkpoint, so sampling needs no architecture flags. Every generator here is sampled in one way, with the options that its
+class names in `SAMPLE_OPTIONS`:
 
     generator.sample(n, labels=None, rng=None, **options) -> float [n, 1, 28, 28] in [-1, 1]
-
-where the options are those that the class names in `SAMPLE_OPTIONS`.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ from interface import check_bounds, check_choice, check_int, check_option, check
 from unet import UNet
 from utils import autocast
 
-NORMS = ("batch", "spectral", "none")
-PRECISIONS = ("fp32", "bf16")
-DEFAULT_STEPS, DEFAULT_ETA = 15, 2.5  # of the fast samplers, of DPM-Solver++; both by benchmarks/samplers.py
+NORMS, PRECISIONS = ("batch", "spectral", "none"), ("fp32", "bf16")
+DEFAULT_STEPS, DEFAULT_ETA, DIGIT_ETA = 15, 2.5, 0.8  # by benchmarks/samplers.py; eta for any digit, for one on demand
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
 CHUNK_SIZE = {"cpu": 125, "cuda": 2000}  # images in an evaluation, by benchmarks/choices.py
@@ -233,9 +231,8 @@ class DDPM(nn.Module):
         self.config = config
         self.unet = UNet(config.width, config.num_classes)
         self.levels = diffusion.noise_levels(config.schedule, config.timesteps)
-        for name in ("alpha", "sigma"):
-            values = torch.tensor([getattr(level, name) for level in self.levels])
-            self.register_buffer(name, values, persistent=False)  # follows from the config
+        for name in ("alpha", "sigma"):  # they follow from the config
+            self.register_buffer(name, torch.tensor([getattr(level, name) for level in self.levels]), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes."""
@@ -313,8 +310,8 @@ class DDPM(nn.Module):
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
             steps: network evaluations (pairs of them where guidance acts); by default 15, and every timestep for `ddpm`.
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
-            eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. Of `dpm-solver++` (below
-                diffusion.RENEWED_BELOW) at most 10, and by default DEFAULT_ETA; of `ddim` at most 1, and by default 0.
+            eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. At most 10; by default DIGIT_ETA with
+                labels, DEFAULT_ETA without, and then below diffusion.RENEWED_BELOW; of `ddim` at most 1, by default 0.
             precision: of the network's evaluations: `fp32`, or `bf16`, which is faster where the device has it.
             chunk_size: images per forward pass, by default as many as are fast on the device; it bounds the memory.
             watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level, to show them.
@@ -325,14 +322,16 @@ class DDPM(nn.Module):
         """
         chunk_size = CHUNK_SIZE[self.alpha.device.type] if chunk_size is None else chunk_size
         check_request(n, labels, self.config.num_classes, chunk_size)
-        options = self.sample_options(sampler=sampler, steps=steps, guidance=guidance, eta=eta, precision=precision)
+        how = {"sampler": sampler, "steps": steps, "guidance": guidance, "asked": labels is not None}
+        options = self.sample_options(**how, eta=eta, precision=precision)
         grid = diffusion.GRIDS[sampler](self.levels, options["steps"])
         draw, renewed = diffusion.SAMPLERS[sampler], {"eta": options["eta"]} if options["eta"] else {}
         if labels is None:
             labels, guidance = torch.full((n,), self.config.num_classes), 1.0
+        elif guidance and sampler == "dpm-solver++":
+            renewed["renewed_below"] = float("inf")  # no digit can be favoured
         noise = torch.randn(n, 1, 28, 28, generator=rng)
         step_seed = int(torch.randint(2**62, (), generator=rng))
-
         with evaluating(self) as device, autocast(device, precision):
             labels = labels.to(device)
 
@@ -355,8 +354,9 @@ class DDPM(nn.Module):
         guidance: float = 1.0,
         eta: float | None = None,
         precision: str = "fp32",
+        asked: bool = False,
     ) -> dict[str, str | int | float]:
-        """The options of `sample` with the defaults filled in; errors as there."""
+        """The options of `sample` with the defaults filled in, of digits that are `asked` for by labels; errors as there."""
         check_option("sampler", sampler, diffusion.SAMPLERS)
         check_option("precision", precision, PRECISIONS)
         if steps is None:
@@ -367,7 +367,7 @@ class DDPM(nn.Module):
         if guidance != 1 and not self.config.num_classes:
             raise ValueError("guidance has no classes to go by in an unconditional model")
         if eta is None:
-            eta = DEFAULT_ETA if sampler == "dpm-solver++" else 0.0
+            eta = (DIGIT_ETA if asked and guidance else DEFAULT_ETA) if sampler == "dpm-solver++" else 0.0
         check_bounds(f"eta of {sampler}", eta, MAX_ETA[sampler])
         return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta, "precision": precision}
 

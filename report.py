@@ -23,9 +23,7 @@ HERE = Path(__file__).parent
 TEMPLATE, DISCUSSION, README = HERE / "report.html.jinja", HERE / "discussion.jinja", HERE / "README.md"
 PORTUGUESE, PORTUGUESE_NAME = HERE / "results.pt-BR.jinja", "README.pt-BR.md"
 LOGS = {"DCGAN": "gan_training_log.csv", "conditional DCGAN": "cgan_training_log.csv",
-        "diffusion, first run": "diffusion_pretraining_log.csv",
-        "diffusion, second run": "diffusion_finetuning_log.csv",
-        "diffusion, last run": "diffusion_training_log.csv"}  # fmt: skip
+        "diffusion": "diffusion_training_log.csv"}  # fmt: skip
 Row, Rows = dict[str, Any], list[dict[str, Any]]
 BEGIN, END = "<!-- results: written by report.py -->", "<!-- end of results -->"
 SAMPLE_COLUMNS = 10  # of a grid of ten rows

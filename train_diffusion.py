@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 
 from flags import (
-    DEFAULT_ETA,
     DEFAULT_STEPS,
     DIFFUSION_REFERENCE,
     MAX_ETA,
@@ -26,9 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = min(DEFAULT_STEPS, args.timesteps)
     if args.steps > args.timesteps and not args.resume:  # a resumed run has its own timesteps
         parser.error(f"--steps {args.steps} is more than the --timesteps {args.timesteps} that there are to visit")
-    if args.eta is None:
-        args.eta = DEFAULT_ETA if args.sampler == "dpm-solver++" else 0.0
-    if args.eta > MAX_ETA[args.sampler] and not args.resume:
+    if args.eta is not None and args.eta > MAX_ETA[args.sampler] and not args.resume:
         parser.error(f"--eta {args.eta} is more than {args.sampler} can do; give at most {MAX_ETA[args.sampler]}")
     return args
 

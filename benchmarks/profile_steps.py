@@ -18,6 +18,7 @@ import diffusion_step
 import torch
 import train_step
 from timing import precisions
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import data
@@ -61,7 +62,9 @@ def show(title: str, loop, steps: int, rows: int, device: torch.device) -> None:
             next(loop)
         if on_gpu:
             torch.cuda.synchronize()
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in profiled.key_averages()}
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU  # kernels, not also the operations that launch them
+    events = [e for e in profiled.key_averages() if e.device_type == kind]
+    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
     total = sum(spent.values())
     print(f"{title}: {total / steps / 1000:.1f} ms")
     for key in sorted(spent, key=spent.get, reverse=True)[:rows]:

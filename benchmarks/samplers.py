@@ -1,8 +1,8 @@
 """Ways to sample the diffusion model: quality against cost, into reports/samplers.csv and samplers.png.
 
 Any digit (the null class): DPM-Solver++ with several strengths of noise, and DDIM, over network evaluations; and ancestral
-sampling. Digits on demand: guidance, with the default steps and noise. Each is scored with several seeds by the
-monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
+sampling. Digits on demand: guidance, and strengths of noise, with the default steps. Each is scored with several seeds by
+the monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
 defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n,
 device and precision is not measured again: an interrupted run goes on where it was. Rows of other checkpoints, and of
 samplers with other constants, are dropped.
@@ -28,7 +28,7 @@ from checkpoint import file_sha256, load_generator
 from diffusion import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations, evaluations_per_image
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
-from models import DEFAULT_ETA, DEFAULT_STEPS
+from models import DEFAULT_ETA, DEFAULT_STEPS, DIGIT_ETA
 from utils import ExpectedError, choose_device, earlier_rows, run_script, write_csv
 
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
@@ -38,7 +38,7 @@ KEY = (*MEASURED, "n", "device", "precision", *SETTING, "seed")
 CONSTANTS = "; ".join(
     (
         f"noise grid {NOISE_RANGE[0]:g}-{NOISE_RANGE[1]:g} rho {RHO}",
-        f"renewed below {RENEWED_BELOW:g}",
+        f"renewed below {RENEWED_BELOW:g}, on demand everywhere",
         f"guidance at {GUIDANCE_RANGE[0]:g}-{GUIDANCE_RANGE[1]:g}",
     )
 )
@@ -51,7 +51,8 @@ def main() -> None:
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
     flag("--steps", type=flags.positive_int, nargs="+", default=[5, 10, 15, 20, 50], help="of the fast samplers")
     flag("--eta", type=flags.noise_strength, nargs="+", default=[0.0, DEFAULT_ETA], help="noise of DPM-Solver++")
-    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.5, 2.0, 2.5, 3.0], help="for digits on demand")
+    flag("--guidance", type=flags.guidance_weight, nargs="+", default=[1.0, 1.5, 2.0, 2.25, 3.0], help="of digits on demand")
+    flag("--digit-eta", type=flags.noise_strength, nargs="+", default=[0.0, 0.5, 0.8, 1.0, 1.5, 2.5], help="their noise")
     flag("--seeds", type=flags.positive_int, default=3, help="seeds of the fast samplers and of 100 ancestral steps")
     flag("--full-seeds", type=flags.natural, default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -90,7 +91,8 @@ def all_jobs(args, timesteps: int) -> list[dict[str, str]]:
     curves = [("any digit", "dpm-solver++", count, eta, 1.0) for count in steps for eta in args.eta]
     curves += [("any digit", "ddim", count, 0.0, 1.0) for count in steps]
     default = min(DEFAULT_STEPS, timesteps)
-    on_demand = [("on demand", "dpm-solver++", default, DEFAULT_ETA, weight) for weight in args.guidance]
+    choices = [(DIGIT_ETA, weight) for weight in args.guidance] + [(eta, flags.DIGIT_GUIDANCE) for eta in args.digit_eta]
+    on_demand = [("on demand", "dpm-solver++", default, eta, weight) for eta, weight in choices]
     full = ("any digit", "ddpm", timesteps, 0.0, 1.0)
     plan = [(setting, args.seeds) for setting in dict.fromkeys([*curves, *on_demand])]
     plan += [(("any digit", "ddpm", 100, 0.0, 1.0), args.seeds)] if timesteps > 100 else []

@@ -11,7 +11,7 @@ from test_models import small
 import diffusion
 from data import Digits, to_model_range
 from denoising import DiffusionStep, StableTargets, make_optimizers
-from models import DEFAULT_ETA, DEFAULT_STEPS, build
+from models import DEFAULT_ETA, DEFAULT_STEPS, DIGIT_ETA, build
 from training import TrainState
 from unet import UNet
 from utils import keyed_generator
@@ -209,7 +209,8 @@ def test_the_options_in_full():
     assert network.sample_options() == {
         "sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 2.5, "precision": "fp32",
     }  # fmt: skip
-    assert network.sample_options(sampler="ddim")["eta"] == 0
+    assert network.sample_options(asked=True)["eta"] == DIGIT_ETA
+    assert network.sample_options(sampler="ddim")["eta"] == network.sample_options(sampler="ddim", asked=True)["eta"] == 0
     assert network.sample_options(sampler="ddpm", guidance=2.0)["steps"] == 50
     assert set(network.sample_options()) | {"watch"} == set(network.SAMPLE_OPTIONS)
 
@@ -225,6 +226,16 @@ def test_eta_makes_dpm_solver_random():
     plain, some, default = (draw(network, eta=eta) for eta in (0.0, 1.0, None))
     assert not torch.equal(plain, some) and not torch.equal(some, default)
     assert torch.equal(default, draw(network, eta=DEFAULT_ETA)) and torch.equal(plain, draw(network, eta=0.0))
+
+
+def test_for_digits_on_demand_noise_is_renewed_at_every_level(monkeypatch):
+    network = small("ddpm")
+    asked, any_digit = (draw(network, eta=DIGIT_ETA, labels=labels) for labels in ([3, 1, 4, 1], None))
+    assert torch.equal(asked, draw(network, labels=[3, 1, 4, 1]))  # it is the default
+    monkeypatch.setattr(diffusion.dpm_solver, "__defaults__", (0.0, 0.0))  # renewed at no level
+    assert torch.equal(asked, draw(network, eta=DIGIT_ETA, labels=[3, 1, 4, 1]))
+    bounded = draw(network, eta=DIGIT_ETA)
+    assert not torch.equal(any_digit, bounded) and torch.equal(bounded, draw(network, eta=0.0))
 
 
 def test_eta_makes_ddim_random():

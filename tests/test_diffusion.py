@@ -89,7 +89,7 @@ def test_the_command_line_names_what_there_is():
     flags.add_diffusion_flags(parser)
     choices = {action.dest: action.choices for action in parser._actions}
     assert set(choices["sampler"]) == set(diffusion.SAMPLERS)
-    for name in ("MAX_ETA", "DEFAULT_STEPS", "DEFAULT_ETA"):
+    for name in ("MAX_ETA", "DEFAULT_STEPS", "DEFAULT_ETA", "DIGIT_ETA"):
         assert getattr(flags, name) == getattr(models, name)
     assert set(choices["schedule"]) == set(diffusion.SCHEDULES)
     assert set(choices["prediction"]) == set(diffusion.PREDICTIONS)
@@ -97,7 +97,8 @@ def test_the_command_line_names_what_there_is():
     parser = flags.ArgumentParser("")
     flags.add_sampling_flags(parser)
     assert f"default: {models.DEFAULT_STEPS}" in parser.format_help()
-    assert f"default: {models.DEFAULT_ETA:g};" in parser.format_help()
+    shown = " ".join(parser.format_help().split())
+    assert f"default: {models.DEFAULT_ETA:g}, {models.DIGIT_ETA:g} for digits on demand;" in shown
 
 
 @BOTH
