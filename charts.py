@@ -76,7 +76,7 @@ def training_curves(path: str | os.PathLike, logs: dict[str, Rows]) -> None:
         upper.set_title(title)
         upper.set_ylabel("loss")
         upper.legend(frameon=False)
-        lower.set(yscale="log", xlabel="epoch", ylabel="FID (mnist extractor, training set)")
+        lower.set(yscale="log", xlabel="epoch", ylabel="FID (mnist extractor,\ntraining set)")
     write_figure(path, figure)
 
 

@@ -63,7 +63,7 @@ class Replayed:
         return {name: result.clone() for name, result in recording.results.items()}
 
     def _call(self, *arguments: Any) -> dict[str, Tensor]:
-        """The ordinary call, on a stream of its own: the first kernels of a stream may not be recorded."""
+        """The ordinary call, on a stream of its own, as PyTorch wants the calls before a recording."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
