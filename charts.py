@@ -10,6 +10,7 @@ import os
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -71,13 +72,23 @@ def training_curves(path: str | os.PathLike, logs: dict[str, Rows]) -> None:
         scored = [row for row in rows if row.get("fid") is not None]
         lower.plot([row["epoch"] for row in scored], [row["fid"] for row in scored], color="black", marker="o", markersize=3)
         best = min(scored, key=lambda row: row["fid"])
-        lower.annotate(f"best {best['fid']:.2f}", (best["epoch"], best["fid"]), (-4, 10), textcoords="offset points",
-                       ha="right")  # fmt: skip
+        lower.plot(best["epoch"], best["fid"], color="black", marker="o", markersize=9, fillstyle="none")
+        lower.annotate(
+            f"best {best['fid']:.2f} at epoch {best['epoch']:g}", (0.96, 0.9), xycoords="axes fraction", ha="right"
+        )
         upper.set_title(title)
         upper.set_ylabel("loss")
         upper.legend(frameon=False)
         lower.set(yscale="log", xlabel="epoch", ylabel="FID (mnist extractor,\ntraining set)")
+        _plain_numbers(lower.yaxis)
     write_figure(path, figure)
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """Of a logarithmic axis: 20 and 0.5 instead of powers of ten, and a few of them."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _loss_names(rows: Rows) -> dict[str, str]:
@@ -98,6 +109,8 @@ def quality_against_cost(path: str | os.PathLike, rows: Rows) -> None:
         axes.axhline(1, color="black", linewidth=1)
         axes.annotate("real digits", (0.01, 1), xycoords=("axes fraction", "data"), va="bottom")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID / FID of real digits")
+        _plain_numbers(axes.xaxis)
+        _plain_numbers(axes.yaxis)
     axes.legend(frameon=False, fontsize=8)
     write_figure(path, figure)
 
@@ -156,6 +169,7 @@ def sampler_curve(path: str | os.PathLike, curves: dict[str, dict[int, tuple[flo
     axes.annotate("real digits", (0.99, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     ticks = sorted({steps for points in curves.values() for steps in points})
     axes.set(xscale="log", yscale="log", xlabel="network evaluations per image", ylabel="FID / FID of real digits")
+    _plain_numbers(axes.yaxis)
     axes.set_xticks(ticks, [str(steps) for steps in ticks])
     axes.minorticks_off()
     axes.set_title(f"Quality against cost ({caption}; bars: deviation over seeds)", fontsize=10)
@@ -190,9 +204,7 @@ def ablation(path: str | os.PathLike, rows: Rows) -> None:
         axes.set_yticks(range(len(order)), order, fontsize=8)
         axes.set(xscale="log")
         axes.margins(y=0.15)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        _plain_numbers(axes.xaxis)
         axes.set_title(title, fontsize=10)
     figure.supxlabel("FID / FID of real digits (a mark for each training seed, a bar at their mean)", fontsize=10)
     write_figure(path, figure)
