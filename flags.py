@@ -117,8 +117,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 # Of models.py, which needs torch: samplers, with the largest eta of each, and steps and etas of the default one
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 SAMPLERS, DEFAULT_STEPS, DEFAULT_ETA, DIGIT_ETA = tuple(MAX_ETA), 15, 2.5, 0.8
-ETA_HELP = "noise that it renews: 0 is deterministic, 1 as ancestral sampling does (default: {}; ddim: 0)".format(
-    f"{DEFAULT_ETA:g}, {DIGIT_ETA:g} for digits on demand"
+ETA_HELP = (
+    "noise that it renews: 0 is deterministic, 1 as ancestral sampling does "
+    f"(default: {DEFAULT_ETA:g}, {DIGIT_ETA:g} for digits on demand; ddim: 0)"
 )
 DIGIT_GUIDANCE = 2.25  # more right digits than 1, by benchmarks/samplers.py
 

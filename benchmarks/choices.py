@@ -40,9 +40,9 @@ from unet import Attention
 from utils import choose_device, run_script
 
 AS_IS = "as it is"
-ON_A_GPU = ["no CUDA graph"]  # choices that a CPU does not have
+NO_GRAPH = "no CUDA graph"
 SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
-SHARED += ON_A_GPU
+SHARED += [NO_GRAPH]
 GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
 DIFFUSION = [AS_IS, "channels last", "fused attention", *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
@@ -88,10 +88,12 @@ def main() -> None:
 
 def possible(choices: list[str], device: torch.device) -> list[str]:
     """Those that mean something on the device."""
-    others = {f"chunks of {n}" for kind, sizes in CHUNKS.items() if kind != device.type for n in sizes}
-    others -= {f"chunks of {n}" for n in CHUNKS[device.type]}
-    others |= set(ON_A_GPU) if device.type == "cpu" else set()
-    return [choice for choice in choices if choice not in others]
+    chunks = {f"chunks of {n}" for n in CHUNKS[device.type]}
+    return [
+        choice
+        for choice in choices
+        if (choice in chunks if choice.startswith("chunks") else choice != NO_GRAPH or device.type == "cuda")
+    ]
 
 
 def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
@@ -123,7 +125,7 @@ def gan_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator
         step._judge = lambda real, fake: (discriminator(real), discriminator(fake))
     for network in networks.values():
         change_network(network, choice)
-    step.replayed.active &= choice != "no CUDA graph"
+    step.replayed.active &= choice != NO_GRAPH
     yield from steps(args, digits, step, state, generator, choice)
 
 
@@ -135,7 +137,7 @@ def diffusion_loop(args, digits: data.Digits, precision: str, choice: str) -> It
     if choice == "Adam not fused":
         optimizers["lr"] = UnfusedAdam(optimizers["lr"])
     change_network(network, choice)
-    step.replayed.active &= choice != "no CUDA graph"
+    step.replayed.active &= choice != NO_GRAPH
     yield from steps(args, digits, step, state, network, choice)
 
 
