@@ -15,7 +15,7 @@ RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1
 def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path):
     """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another checkpoint or sampler."""
     tiny, out = tiny_ddpm(tmp_path, timesteps=8), tmp_path / "out"
-    args = ["--model", tiny, "--n", 500, "--steps", 6, 8, 15, "--eta", 0, 2, "--guidance", 1, 1.3]
+    args = ["--model", tiny, "--n", 500, "--steps", 6, 8, 15, "--eta", 0, 2, "--guidance", 1, 1.3, "--digit-eta", 2]
     args += ["--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
     assert run_process("benchmarks/samplers.py", *args).returncode == 0
     rows = read_csv(out / "samplers.csv")
@@ -24,11 +24,11 @@ def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path)
     assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "8", "0")]
     assert not any(row["label_accuracy"] for row in free)
     asked = [row for row in rows if row["drawn"] == "on demand"]
-    assert [(row["eta"], row["guidance"]) for row in asked] == [("2.5", "1"), ("2.5", "1.3")]
+    assert [(row["eta"], row["guidance"]) for row in asked] == [("0.8", "1"), ("0.8", "1.3"), ("2", "2.25")]
     assert all(row["label_accuracy"] for row in asked)
     assert len({row["fid"] for row in rows}) == len(rows)  # no option was ignored
 
-    stale = [(rows[0]["checkpoint"], "0" * 16), ("renewed below 2;", "renewed below 3;")]
+    stale = [(rows[0]["checkpoint"], "0" * 16), ("renewed below 2,", "renewed below 3,")]
     first = (out / "samplers.csv").read_text().splitlines()[1]
     with (out / "samplers.csv").open("a") as file:
         file.writelines(first.replace(*change) + "\n" for change in stale)
