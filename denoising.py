@@ -76,7 +76,7 @@ class DiffusionStep:
         reseeded(self.rng, self.seed, "diffusion", self.state.step)
         return self.replayed(images, labels)
 
-    def update(self, images: Tensor, labels: Tensor, _variant: None = None) -> dict[str, Tensor]:
+    def update(self, images: Tensor, labels: Tensor, _variant: None) -> dict[str, Tensor]:
         """The update, with the random numbers that `rng` draws next."""
         rows = distributed.share(len(images))
         with autocast(images.device, self.precision):
