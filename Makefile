@@ -8,7 +8,7 @@ PRECISION ?= bf16# of the diffusion model's evaluations in `make results`: fp32 
 
 help:
 	@echo "make demo   install, draw digits from the shipped weights, train a DCGAN for a minute"
-	@echo "make test   install the test requirements, run the whole suite"
+	@echo "make test   install the test requirements, run the tests"
 	@echo "make lint   check style and format"
 	@echo "make results  measure and draw reports/, samples/ and the READMEs' results, from the shipped checkpoints"
 	@echo "make clean  remove .venv, runs and caches"

@@ -202,8 +202,7 @@ def ablation(path: str | os.PathLike, rows: Rows) -> None:
         if "defaults" in recipes:
             axes.axvline(np.mean(recipes["defaults"]), color="#d55e00", linewidth=1, linestyle=":")
         axes.set_yticks(range(len(order)), order, fontsize=8)
-        axes.set(xscale="log")
-        axes.margins(y=0.15)
+        axes.set(xscale="log", ylim=(-1, len(order)))
         _plain_numbers(axes.xaxis)
         axes.set_title(title, fontsize=10)
     figure.supxlabel("FID / FID of real digits (a mark for each training seed, a bar at their mean)", fontsize=10)

@@ -1,8 +1,8 @@
 """Self-describing model files and resumable training state: plain tensors and primitives, read without unpickling code.
 
 A model file is `{"format", "model", "config", "weights", "meta"}`; a training file is `{"format", "training", ...}`.
-Both are torch ZIP files, read with `weights_only=True` after their container was checked. Equal runs give equal files:
-nothing in them names a path or a time.
+Both are torch ZIP files, read with `weights_only=True` after their container was checked. Equal runs give equal model files:
+nothing in those names a path or a time.
 """
 
 from __future__ import annotations

@@ -46,7 +46,6 @@ class Digits:
     images: torch.Tensor
     labels: torch.Tensor
     name: str
-    split: str
 
     def __len__(self) -> int:
         return len(self.images)
@@ -87,7 +86,7 @@ def load_digits(
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}")
     images, labels = _read_mnist(Path(data_dir), split) if name == "mnist" else _read_embedded_digits(split)
-    digits = Digits(images.to(device), labels.to(device), name, split)
+    digits = Digits(images.to(device), labels.to(device), name)
     if limit > len(digits):
         raise UsageError(f"--limit {limit} is more than the {len(digits)} digits of {name}; leave it out to use all")
     return digits.subset(limit, "limit", seed) if limit else digits

@@ -4,8 +4,8 @@ Randomness is drawn for the whole batch by every process, which then keeps its r
 number by rounding alone (but for BatchNorm, which sees its process's rows). What they agree on goes over gloo, on the CPU,
 so that nobody waits for a GPU. Of one process alone, every function here is the identity.
 
-PyTorch's DistributedDataParallel follows one backward pass of one network; a GAN's step has three of two, one of them with a
-second derivative. These networks are small, so their gradients are averaged in one message when a backward pass is over.
+PyTorch's DistributedDataParallel follows one backward pass of one network; a GAN's step has several of two, some of them for
+a second derivative. These networks are small, so their gradients are averaged in one message when a backward pass is over.
 """
 
 from __future__ import annotations

@@ -153,8 +153,9 @@ class Job(NamedTuple):
         if not self.generator.SAMPLE_OPTIONS:
             return {"dtype": "fp32"}
         options = self.generator.sample_options(**self.options, asked=self.by_digit)
-        names = ("sampler", "steps", "eta", *(["guidance"] if self.by_digit else []))
-        return {"dtype": options["precision"], **{name: options[name] for name in names}}
+        if not self.by_digit:
+            options.pop("guidance", None)
+        return {"dtype": options.pop("precision", "fp32"), **options}
 
     @property
     def description(self) -> dict[str, Any]:
@@ -165,13 +166,8 @@ class Job(NamedTuple):
     @property
     def evaluations(self) -> int:
         """Network evaluations per image."""
-        if not self.generator.SAMPLE_OPTIONS:
-            return 1
-        from diffusion import evaluations_per_image
-
-        sampling = self.sampling
-        guidance = sampling.get("guidance", 1.0)
-        return evaluations_per_image(self.generator.levels, sampling["sampler"], sampling["steps"], guidance)
+        options = {name: value for name, value in self.sampling.items() if name != "dtype"}
+        return self.generator.evaluations(**options) if options else 1
 
 
 def plan(args: argparse.Namespace, generators: dict[str, Any]) -> list[Job]:

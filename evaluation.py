@@ -38,7 +38,7 @@ class Extractor:
         ExpectedError: the file is missing, or is not the pinned one (`sha256`; an empty string accepts any).
     """
 
-    name, knows_digits = "mnist", True
+    knows_digits = True
 
     def __init__(
         self, device: torch.device | str = "cpu", path: Path = CHECKPOINTS / "classifier.pt", sha256: str = CLASSIFIER_SHA256

@@ -33,7 +33,7 @@ def seed_count(text: str) -> int:
 
 
 def sample_count(text: str) -> int:
-    """argparse type: an number of samples to score: at least one for each split of the inception score."""
+    """argparse type: a number of samples to score: at least one for each split of the inception score."""
     return _number(text, int, lambda value: 10 <= value <= 10**6, "an integer in 10..1000000")
 
 

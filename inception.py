@@ -33,7 +33,7 @@ class InceptionExtractor:
         ExpectedError: the weights cannot be had, or are damaged, or another network's.
     """
 
-    name, knows_digits = "inception", False
+    knows_digits = False
 
     def __init__(self, device: torch.device | str = "cpu", weights: str | os.PathLike | None = None):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

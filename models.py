@@ -1,10 +1,20 @@
 """The networks, their configuration dataclasses and the registry that checkpoints and scripts build them from.
 
 Images are float [B, 1, 28, 28] in [-1, 1]; labels are int64 [B] in 0..num_classes-1. A config is carried in every
-checkpoint, so sampling needs no architecture flags. Every generator here is sampled in one way, with the options that its
-class names in `SAMPLE_OPTIONS`:
+checkpoint, so sampling needs no architecture flags. Every generator has `config.num_classes`, and is sampled in one way:
 
-    generator.sample(n, labels=None, rng=None, **options) -> float [n, 1, 28, 28] in [-1, 1]
+    generator.sample(n, labels=None, rng=None, *, chunk_size=..., rows=slice(None), **options) -> float32 [n, 1, 28, 28]
+
+in [-1, 1], in eval mode; each network evaluation is a call of the generator itself.
+
+    labels: int64 [n], the classes to draw; None where the model has none, or is free to choose.
+    rng: CPU generator of all randomness; None uses torch's global one.
+    chunk_size: images per forward pass; it bounds the memory and does not change the noise.
+    rows: which of the n images are computed and returned; they do not depend on it.
+    options: those that its class names in `SAMPLE_OPTIONS`. Where there are any, `sample_options(asked=False, **options)`
+        fills in the defaults (`asked`: with labels), and `evaluations(**options)` says how many an image takes.
+
+It raises `ValueError` for an `n` below 1, labels of a wrong shape or outside the classes, and options out of their bounds.
 """
 
 from __future__ import annotations
@@ -130,17 +140,7 @@ class Generator(nn.Module):
         chunk_size: int = 500,
         rows: slice = slice(None),
     ) -> Tensor:
-        """Draw `n` images, float32 [n, 1, 28, 28] in [-1, 1], in eval mode.
-
-        Args:
-            labels: int64 [n], the classes to draw; None draws them uniformly from `rng` where the model has classes.
-            rng: CPU generator of all randomness; None uses torch's global one.
-            chunk_size: images per forward pass; it bounds the memory and does not change the noise.
-            rows: which of the n images are computed and returned; they do not depend on it.
-
-        Raises:
-            ValueError: `n` < 1, labels for an unconditional model, of a wrong shape, or outside its classes.
-        """
+        """Draw `n` images, as described above; without `labels`, a model with classes draws those from `rng`, uniformly."""
         check_request(n, labels, self.config.num_classes, chunk_size)
         z = torch.randn(n, self.config.latent_dim, generator=rng)
         if labels is None and self.config.num_classes:
@@ -302,23 +302,17 @@ class DDPM(nn.Module):
         watch: Callable[[Tensor, diffusion.Level], None] | None = None,
         rows: slice = slice(None),
     ) -> Tensor:
-        """Draw `n` images, float32 [n, 1, 28, 28] in [-1, 1], in eval mode.
+        """Draw `n` images, as described above; without `labels`, of the null class.
 
         Args:
-            labels: int64 [n], the classes to draw; None draws from the null class, as an unconditional model.
-            rng: CPU generator of all randomness; None uses torch's global one.
             sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
             steps: network evaluations (pairs of them where guidance acts); by default 15, and every timestep for `ddpm`.
             guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
             eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. At most 10; by default DIGIT_ETA with
                 labels, DEFAULT_ETA without, and then below diffusion.RENEWED_BELOW; of `ddim` at most 1, by default 0.
             precision: of the network's evaluations: `fp32`, or `bf16`, which is faster where the device has it.
-            chunk_size: images per forward pass, by default as many as are fast on the device; it bounds the memory.
+            chunk_size: by default as many images as are fast on the device.
             watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level, to show them.
-            rows: which of the n images are computed and returned; they do not depend on it.
-
-        Raises:
-            ValueError: `n` < 1, labels of a wrong shape or outside the classes, an option out of its bounds.
         """
         chunk_size = CHUNK_SIZE[self.alpha.device.type] if chunk_size is None else chunk_size
         check_request(n, labels, self.config.num_classes, chunk_size)
@@ -370,6 +364,10 @@ class DDPM(nn.Module):
             eta = (DIGIT_ETA if asked and guidance else DEFAULT_ETA) if sampler == "dpm-solver++" else 0.0
         check_bounds(f"eta of {sampler}", eta, MAX_ETA[sampler])
         return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta, "precision": precision}
+
+    def evaluations(self, sampler: str, steps: int, guidance: float = 1.0, **_others: str | float) -> int:
+        """Network evaluations that an image takes, with such options of `sample`."""
+        return diffusion.evaluations_per_image(self.levels, sampler, steps, guidance)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ PITFALL_FIGURES = [
 ]  # fmt: skip
 
 
-SAMPLER_SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
+SAMPLER_SETTING, SAMPLER_PROTOCOL = ("drawn", "sampler", "steps", "eta", "guidance"), ("n", "device", "precision")
 SELF_CHECK_FIGURES = [
     ("level", "level", 0, 1), ("fid", "FID", 2, 1), ("kid", "KID", 2, 1), ("is", "inception score", 2, 1),
     ("precision", "precision", 3, 1), ("recall", "recall", 3, 1), ("density", "density", 3, 1),
@@ -123,13 +123,15 @@ def read(reports: Path) -> Measured:
         logs={name: read_csv(reports / file, {"epoch", "fid", "seconds"}) for name, file in LOGS.items()},
         pitfalls=read_csv(reports / "pitfalls.csv", {"model", "mistake", "checkpoint", *_names(PITFALL_FIGURES)}),
         self_check=read_csv(reports / "self_check.csv", {"damage", "n", *_names(SELF_CHECK_FIGURES)}),
-        samplers=read_csv(reports / "samplers.csv", {"checkpoint", "n", "seed", "fid_ratio", *SAMPLER_SETTING}),
+        samplers=read_csv(
+            reports / "samplers.csv", {"checkpoint", "seed", "fid_ratio", *SAMPLER_PROTOCOL, *SAMPLER_SETTING}
+        ),
     )
     hashes = {row["sha256"][:16] for row in measured.models}
     for table in ("pitfalls", "samplers"):
         if foreign := {row["checkpoint"] for row in getattr(measured, table)} - hashes - {None}:
             raise ExpectedError(f"{table}.csv is of another checkpoint, {foreign.pop()}; measure it again")
-    if len({(row["n"], row["device"], row["precision"]) for row in measured.samplers}) > 1:
+    if len({tuple(row[name] for name in SAMPLER_PROTOCOL) for row in measured.samplers}) > 1:
         raise ExpectedError("samplers.csv holds more than one protocol; remove it and measure it again")
     return measured
 
@@ -380,7 +382,8 @@ def results(measured: Measured, paragraphs: list[tuple[str, str]]) -> str:
     text = "\n\n".join(textwrap.fill(f"**{title}.** {rest}", 124, break_on_hyphens=False) for title, rest in paragraphs)
     return (
         f"{markdown(['', *columns], [[title, *cells] for title, cells in lines])}\n\n{text}\n\n"
-        f"What known mistakes do to such figures (`benchmarks/pitfalls.py`; against the training set):\n\n{mistakes}"
+        "What known mistakes do to such figures (`benchmarks/pitfalls.py`; against the training set; the diffusion model\n"
+        f"on demand, by ancestral sampling):\n\n{mistakes}"
     )
 
 

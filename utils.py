@@ -59,7 +59,7 @@ def is_first() -> bool:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 130, 143 (argparse: 2)."""
+    """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 2, 130, 143."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is first imported, so not yet
     previous = signal.signal(signal.SIGTERM, _interrupt)

@@ -3,8 +3,9 @@ like size.
 
 Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedding, and parameters and FLOPs that differ by
 1 % (printed; theirs takes odd widths to match). Theirs is trained as their unconditional example does: noise by
-DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` with the fused optimizer and the
-EMA. Both get the same tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of
+DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` as train_diffusion.py assembles it,
+with its EMA; without stable targets, which are work that theirs has none of; and without Muon, as theirs. Both get the same
+tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of
 125 images. All in one process: first theirs as it comes, then all in turn. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,15 +26,21 @@ from timing import add_timing_flags, measure, precisions, report, size_of
 from torch.nn import functional as F
 
 import data
+import denoising
 import flags
+import train_diffusion
 from callbacks import EMA
-from denoising import DiffusionStep, make_optimizers
 from models import build
 from training import TrainState
 from utils import autocast, choose_device, run_script
 
 LIKE_OURS = ", our allocator settings"
-CHUNK = 125  # images in an evaluation, as in `DDPM.sample`
+OURS = {  # flags of the trainer
+    "ours": [],
+    "ours without stable targets": ["--stable-targets", "0"],
+    "ours with Adam alone, without stable targets": ["--stable-targets", "0", "--muon-lr", "0"],
+}
+CHUNK = 125  # images in an evaluation, as `DDPM.sample` has on a CPU
 
 
 def main() -> None:
@@ -52,11 +60,8 @@ def main() -> None:
     digits = data.load_digits("mnist", "train", data_dir, device)
     loops = {}
     for precision in precisions(device):
-        loops |= {
-            f"diffusers, {precision}{LIKE_OURS}": their_loop(args, digits, precision),
-            f"ours, {precision}": our_loop(args, digits, precision, muon_lr=1e-4),
-            f"ours with Adam alone, {precision}": our_loop(args, digits, precision, muon_lr=0),
-        }
+        loops[f"diffusers, {precision}{LIKE_OURS}"] = their_loop(args, digits, precision)
+        loops |= {f"{name}, {precision}": our_loop(args, digits, precision, given) for name, given in OURS.items()}
     timed |= measure(args, loops)
     sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK})
     evaluations = {
@@ -71,8 +76,9 @@ def main() -> None:
         print(f"{name}: {parameters:.3f} million parameters, {gflop:.3f} GFLOP forward")
     report(args, device, timed, "EMA, gradient clip and optimizer included")
     for precision in precisions(device):
-        ours, theirs = (timed[name].rate for name in (f"ours, {precision}", f"diffusers, {precision}{LIKE_OURS}"))
-        print(f"ours / diffusers with our allocator settings, {precision}: {ours / theirs:.2f}")
+        theirs = timed[f"diffusers, {precision}{LIKE_OURS}"].rate
+        ratios = ", ".join(f"{name} {timed[f'{name}, {precision}'].rate / theirs:.2f}" for name in OURS)
+        print(f"to diffusers with our allocator settings, {precision}: {ratios}")
     report(sampling, device, evaluated, "one evaluation in sampling")
 
 
@@ -123,12 +129,12 @@ def their_loop(args, digits, precision: str):
         yield
 
 
-def our_loop(args, digits, precision: str, muon_lr: float):
-    """`DiffusionStep` with its EMA, as train_diffusion.py assembles them; a step each time the iterator is advanced."""
-    network = our_network(digits.images.device)
-    optimizers = make_optimizers(network, 1e-4, muon_lr, precision)
-    state, ema = TrainState(), EMA(network, 0.999)
-    step = DiffusionStep(network, optimizers, state, 0, precision, grad_clip=1.0, label_dropout=0.1, time_power=0.75)
+def our_loop(args, digits, precision: str, given: Sequence[str] = ()):
+    """The update and EMA of train_diffusion.py with the `given` flags; a step each time the iterator is advanced."""
+    torch.manual_seed(0)
+    trainer, state = train_diffusion.parse_args([*given]), TrainState()
+    network, _, step = denoising.assemble(trainer, state, digits, precision)
+    ema = EMA(network, trainer.ema_decay)
     for images, labels in batches(args, digits):
         state.count(step(images, labels), len(images))
         ema.after_step(state)

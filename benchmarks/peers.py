@@ -50,7 +50,7 @@ def main() -> None:
     flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
     flag("--steps", type=flags.positive_int, default=50, help="of DDIM, in the sampling")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples to score: a size whose floor is known")
-    flag("--peer-lr", type=flags.positive_float, default=1e-4, help="learning rate of the others (default: their own)")
+    flag("--peer-lr", type=flags.positive_float, default=1e-4, help="learning rate of the others; 1e-4 is their own")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--out", type=Path, default=Path("runs/peers.csv"), help="the table to write")
@@ -121,7 +121,7 @@ def train(args, make: Callable[..., Peer], precision: str, digits: data.Digits, 
 
 
 def ours(args, digits: data.Digits, steps: int, precision: str) -> Peer:
-    """The defaults of train_diffusion.py, without classes."""
+    """The defaults of train_diffusion.py, without classes, at the batch size of all."""
     flags, state = train_diffusion.parse_args([]), TrainState()
     model = build("ddpm", num_classes=0, width=flags.width, schedule=flags.schedule, prediction=flags.prediction)
     model.to(digits.images.device)

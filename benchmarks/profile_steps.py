@@ -45,7 +45,7 @@ def main() -> None:
     for precision in args.precisions or precisions(device):
         loops = {
             "GAN step": train_step.our_loop(gan, device, precision),
-            "diffusion step": diffusion_step.our_loop(args, digits, precision, muon_lr=1e-4),
+            "diffusion step": diffusion_step.our_loop(args, digits, precision),
             "evaluation": diffusion_step.evaluation_loop(diffusion_step.our_network(device), device, precision),
         }
         for name, loop in loops.items():

@@ -3,9 +3,9 @@
 Any digit (the null class): DPM-Solver++ with several strengths of noise, and DDIM, over network evaluations; and ancestral
 sampling. Digits on demand: guidance, and strengths of noise, with the default steps. Each is scored with several seeds by
 the monitor's scorer against the training-set statistics (the test set is not used to choose anything): this is where the
-defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds for the same checkpoint, n,
-device and precision is not measured again: an interrupted run goes on where it was. Rows of other checkpoints, and of
-samplers with other constants, are dropped.
+defaults of `DDPM.sample` come from. A result is written at once, and what the file already holds is not measured again: an
+interrupted run goes on where it was. Rows of another checkpoint, n, device or precision, and of samplers with other
+constants, are dropped.
 
     python benchmarks/samplers.py
 """
@@ -25,7 +25,7 @@ import charts
 import data
 import flags
 from checkpoint import file_sha256, load_generator
-from diffusion import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations, evaluations_per_image
+from diffusion import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from metrics import estimate
 from models import DEFAULT_ETA, DEFAULT_STEPS, DIGIT_ETA
@@ -33,8 +33,8 @@ from utils import ExpectedError, choose_device, earlier_rows, run_script, write_
 
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
 SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
-MEASURED = ("checkpoint", "constants")  # of what
-KEY = (*MEASURED, "n", "device", "precision", *SETTING, "seed")
+PROTOCOL = ("checkpoint", "constants", "n", "device", "precision")  # one of them in a table
+KEY = (*PROTOCOL, *SETTING, "seed")
 CONSTANTS = "; ".join(
     (
         f"noise grid {NOISE_RANGE[0]:g}-{NOISE_RANGE[1]:g} rho {RHO}",
@@ -70,10 +70,10 @@ def main() -> None:
     head = {"checkpoint": file_sha256(args.model)[:16], "constants": CONSTANTS, "n": str(args.n), "device": str(device),
             "precision": args.precision}  # fmt: skip
     wanted = [head | job for job in all_jobs(args, model.config.timesteps)]
-    rows = [row for row in earlier_rows(table, {*KEY, *FIGURES}) if all(row[name] == head[name] for name in MEASURED)]
+    rows = [row for row in earlier_rows(table, {*KEY, *FIGURES}) if all(row[name] == head[name] for name in PROTOCOL)]
     done = {identity(row) for row in rows}
     jobs = [job for job in wanted if identity(job) not in done]
-    costs = [evaluations_per_image(model.levels, job["sampler"], int(job["steps"]), float(job["guidance"])) for job in jobs]
+    costs = [model.evaluations(job["sampler"], int(job["steps"]), float(job["guidance"])) for job in jobs]
     with tqdm(total=args.n * sum(costs), unit="eval", unit_scale=True, smoothing=0, disable=None) as bar:
         for job in jobs:
             figures = score(model, digits, extractor, args.n, job, bar)

@@ -252,7 +252,7 @@ def test_eta_makes_ddim_random():
 
 def five_digits() -> Digits:
     images = torch.randint(0, 256, (5, 1, 28, 28), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    return Digits(images, torch.tensor([4, 4, 4, 7, 8]), "digits", "train")
+    return Digits(images, torch.tensor([4, 4, 4, 7, 8]), "digits")
 
 
 def test_the_noisiest_rows_aim_at_what_they_may_come_from():

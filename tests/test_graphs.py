@@ -38,7 +38,7 @@ def make_step(kind: str, device: str, precision: str = "fp32"):
     state, device = TrainState(), images.device
     if kind.startswith("ddpm"):
         args = train_diffusion.parse_args(["--width", "8", *(["--muon-lr", "0"] if "adam" in kind else [])])
-        network, _, step = assemble_ddpm(args, state, Digits(images, labels, "mnist", "train"), precision)
+        network, _, step = assemble_ddpm(args, state, Digits(images, labels, "mnist"), precision)
         networks = [network]
     else:
         name, loss = kind.split()
