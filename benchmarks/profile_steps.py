@@ -26,6 +26,7 @@ import flags
 from graphs import ORDINARY_CALLS
 from utils import choose_device, run_script
 
+WITHOUT_TARGETS = ["--stable-targets", "0"]  # of which all is one operation: distances to the training digits
 WARM_UP = ORDINARY_CALLS + 2  # steps before the profile; on a GPU one of them records the graph
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     for precision in args.precisions or precisions(device):
         loops = {
             "GAN step": train_step.our_loop(gan, device, precision),
-            "diffusion step": diffusion_step.our_loop(args, digits, precision),
+            "diffusion step without stable targets": diffusion_step.our_loop(args, digits, precision, WITHOUT_TARGETS),
             "evaluation": diffusion_step.evaluation_loop(diffusion_step.our_network(device), device, precision),
         }
         for name, loop in loops.items():
