@@ -14,7 +14,7 @@ in [-1, 1], in eval mode; each network evaluation is a call of the generator its
     options: those that its class names in `SAMPLE_OPTIONS`. Where there are any, `sample_options(asked=False, **options)`
         fills in the defaults (`asked`: with labels), and `evaluations(**options)` says how many an image takes.
 
-It raises `ValueError` for an `n` below 1, labels of a wrong shape or outside the classes, and options out of their bounds.
+It raises `ValueError` for an `n` below 1, labels of a wrong shape or outside its classes, and options out of their bounds.
 """
 
 from __future__ import annotations
