@@ -88,7 +88,9 @@ class ClassBatchNorm2d(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = self.norm(x)  # [B, C, H, W]
         if self.num_classes:
-            x = x * self.gain(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
+            # In the type of x: with a gain of float32, all that follows would be computed in it
+            gain, bias = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.gain, self.bias))
+            x = torch.addcmul(bias, x, gain)
         return x
 
 

@@ -78,24 +78,37 @@ class UNet(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions beside a skip: x [B, inputs, H, W] and a condition [B, condition] -> [B, outputs, H, W].
 
-    The condition gives a shift and a gain around 1 to the second normalisation (adaptive group normalisation: Dhariwal &
-    Nichol 2021, section 3). The second convolution begins at zero, so that the block begins as its skip.
+    The condition acts on the second normalisation. The second convolution begins at zero, so that the block begins as its
+    skip.
     """
 
     def __init__(self, inputs: int, outputs: int, condition: int):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(GROUPS, inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(GROUPS, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = AdaptiveGroupNorm(GROUPS, outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
         self.condition = nn.Linear(condition, 2 * outputs)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)  # [B, outputs, 1, 1] each
+        scale, shift = self.condition(condition).chunk(2, 1)  # [B, outputs] each
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.norm2(h) * (1 + scale) + shift
-        return self.skip(x) + self.conv2(F.silu(h))
+        h = self.conv2(F.silu(self.norm2(h, scale, shift)))
+        return self.skip(x) + h
+
+
+class AdaptiveGroupNorm(nn.GroupNorm):
+    """norm(x) (1 + scale) + shift: x [B, C, H, W], scale and shift [B, C] (Dhariwal & Nichol 2021, section 3).
+
+    As the groups of one image with B C channels, the images can have gains and biases of their own, and the normalisation
+    applies all of it while it reads x once.
+    """
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        gain, bias = self.weight * (1 + scale), self.bias * (1 + scale) + shift
+        flat = F.group_norm(x.flatten(0, 1)[None], len(x) * self.num_groups, gain.flatten(), bias.flatten(), self.eps)
+        return flat.view_as(x)
 
 
 class Attention(nn.Module):

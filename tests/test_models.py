@@ -109,6 +109,7 @@ def test_class_batch_norm_is_a_gain_and_bias_for_each_class():
     plain = torch.nn.functional.batch_norm(x, None, None, training=True)
     expected = plain * norm.gain.weight[labels, :, None, None] + norm.bias.weight[labels, :, None, None]
     assert torch.allclose(norm(x, labels), expected, atol=1e-5)
+    assert norm(x.bfloat16(), labels).dtype == torch.bfloat16
 
 
 def test_the_projection_is_linear_in_the_class():

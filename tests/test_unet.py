@@ -8,7 +8,7 @@ from test_models import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import build
-from unet import Attention, UNet, sinusoids
+from unet import AdaptiveGroupNorm, Attention, UNet, sinusoids
 
 
 @pytest.mark.parametrize("width", [8, 16, 24])
@@ -30,13 +30,20 @@ def seen_by_a_corner(network) -> torch.Tensor:
     return torch.autograd.grad(output[0, 0, 0, 0], x)[0][0, 0] != 0
 
 
+class Untouched(torch.nn.Module):
+    """In the place of a normalisation: its input, whatever scale and shift are given beside."""
+
+    def forward(self, x, *_condition):
+        return x
+
+
 def test_every_pixel_sees_every_pixel():
     """Through convolutions and attention: GroupNorm, through which anything sees everything, is taken out."""
     network = small("ddpm").unet
     for module in list(network.modules()):
         for name, child in module.named_children():
             if isinstance(child, torch.nn.GroupNorm):
-                setattr(module, name, torch.nn.Identity())
+                setattr(module, name, Untouched())
     assert seen_by_a_corner(network).all()
     attention_alone = torch.nn.ModuleList([block for block in network.middle if isinstance(block, Attention)])
     network.middle = attention_alone
@@ -113,3 +120,23 @@ def test_the_width_is_a_multiple_of_the_groups():
         build("ddpm", schedule="sigmoid")
     with pytest.raises(ValueError, match="prediction must be one of"):
         build("ddpm", prediction=["v"])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_the_adaptive_normalisation_is_a_normalisation_then_a_scale_and_shift(memory_format):
+    """Values and all gradients, against the formula."""
+    norm, plain = AdaptiveGroupNorm(2, 6), torch.nn.GroupNorm(2, 6)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    plain.load_state_dict(norm.state_dict())
+    x = torch.randn(3, 6, 5, 5).to(memory_format=memory_format).requires_grad_()
+    scale, shift = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    weights = torch.randn(3, 6, 5, 5)
+    expected = plain(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    result = norm(x, scale, shift)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    gradients = (
+        torch.autograd.grad((output * weights).sum(), [x, scale, shift, *module.parameters()])
+        for output, module in ((result, norm), (expected, plain))
+    )
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
