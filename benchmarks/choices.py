@@ -1,5 +1,5 @@
-"""What does each choice for speed give? Our GAN step, our diffusion step and evaluations in sampling, as they are and with
-one choice undone at a time.
+"""What does each choice for speed give? Our GAN steps, our diffusion step and evaluations in sampling, as they are and with
+one choice undone at a time (of the conditional GAN, those that the other one has not).
 
 A ratio below 1 means that the choice pays. The loops of a table are timed in turn, in one process. The allocator's settings
 cannot be taken back, so without them and with them each loop runs alone, in this order.
@@ -11,6 +11,7 @@ cannot be taken back, so without them and with them each loop runs alone, in thi
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -31,23 +32,26 @@ import adversarial
 import data
 import denoising
 import flags
+import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA
-from models import CHUNK_SIZE
+from models import CHUNK_SIZE, ClassBatchNorm2d
 from training import TrainState
-from unet import Attention
+from unet import AdaptiveGroupNorm, Attention
 from utils import choose_device, run_script
 
 AS_IS = "as it is"
 NO_GRAPH = "no CUDA graph"
 SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
 SHARED += [NO_GRAPH]
+ONE_PASS = "scale and shift after the norm"
 GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
-DIFFUSION = [AS_IS, "channels last", "fused attention", *SHARED]
+CGAN = [AS_IS, "class gains in fp32", NO_GRAPH]
+DIFFUSION = [AS_IS, "channels last", "fused attention", ONE_PASS, *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
 CHUNKS = {"cpu": (25, 50, 250, 500), "cuda": (125, 500, 1000, 5000)}
-SAMPLING = [AS_IS, "channels last", "fused attention", "compiled"]
+SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled"]
 SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
 
 
@@ -56,7 +60,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--what", nargs="+", choices=TABLES, default=[*TABLES], help="the tables to make")
     flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
-    flag("--undo", nargs="*", choices=sorted({*GAN, *DIFFUSION, *SAMPLING} - {AS_IS}),
+    flag("--undo", nargs="*", choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING} - {AS_IS}),
          help="these choices only; without a name: only the allocator's settings (default: all)")  # fmt: skip
     add_timing_flags(flag, flags.positive_int)
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -107,11 +111,12 @@ def sized(args, what: str, device: torch.device) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED[device.type] if what == "sampling" else args.batch_size})
 
 
-def gan_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+def gan_loop(args, digits: data.Digits, precision: str, choice: str, classes: int = 0) -> Iterator[None]:
     """The trainer's step with its EMA, with one choice undone; a step each time the iterator is advanced."""
     torch.manual_seed(0)
-    trainer, state = train_gan.parse_args([]), TrainState()
-    networks, optimizers, step = adversarial.assemble(trainer, state, digits.images.device, precision, "dcgan", 0)
+    script, name = (train_cgan, "cdcgan") if classes else (train_gan, "dcgan")
+    trainer, state = script.parse_args([]), TrainState()
+    networks, optimizers, step = adversarial.assemble(trainer, state, digits.images.device, precision, name, classes)
     generator, discriminator = networks.values()
     if choice == "convolution as stem":
         generator.stem = ConvolutionStem(generator.config).to(digits.images.device)
@@ -166,7 +171,12 @@ def sampling_loop(_args, digits: data.Digits, precision: str, choice: str) -> It
         yield
 
 
-TABLES = {"gan": (gan_loop, GAN), "diffusion": (diffusion_loop, DIFFUSION), "sampling": (sampling_loop, SAMPLING)}
+TABLES = {
+    "gan": (gan_loop, GAN),
+    "cgan": (functools.partial(gan_loop, classes=data.NUM_CLASSES), CGAN),
+    "diffusion": (diffusion_loop, DIFFUSION),
+    "sampling": (sampling_loop, SAMPLING),
+}
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -184,10 +194,11 @@ def change_network(network: nn.Module, choice: str) -> None:
         for module in network.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    elif choice == "fused attention":
+    elif choice in FORWARD:
+        kind, forward = FORWARD[choice]
         for module in network.modules():
-            if isinstance(module, Attention):
-                module.forward = types.MethodType(fused_attention, module)
+            if isinstance(module, kind):
+                module.forward = types.MethodType(forward, module)
 
 
 def fused_attention(self: Attention, x: Tensor, _condition: Tensor) -> Tensor:
@@ -196,6 +207,23 @@ def fused_attention(self: Attention, x: Tensor, _condition: Tensor) -> Tensor:
     q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, HW, C / heads]
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, HW, C]
     return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def scale_and_shift_after(self: AdaptiveGroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`AdaptiveGroupNorm.forward` as its formula says."""
+    return nn.GroupNorm.forward(self, x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+
+
+def gains_in_fp32(self: ClassBatchNorm2d, x: Tensor, labels: Tensor) -> Tensor:
+    """`ClassBatchNorm2d.forward` with gains and biases of the type that they are stored in."""
+    return self.norm(x) * self.gain(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
+
+
+FORWARD = {
+    "fused attention": (Attention, fused_attention),
+    ONE_PASS: (AdaptiveGroupNorm, scale_and_shift_after),
+    "class gains in fp32": (ClassBatchNorm2d, gains_in_fp32),
+}
 
 
 class ConvolutionStem(nn.Module):

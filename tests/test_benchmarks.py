@@ -133,7 +133,14 @@ def test_each_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
     """benchmarks/choices.py, but for torch.compile, which takes a minute."""
     undone = {
         "gan": ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed"],
-        "diffusion": ["channels last", "fused attention", "EMA tensor by tensor", "losses fetched in every step"],
+        "cgan": ["class gains in fp32"],
+        "diffusion": [
+            "channels last",
+            "fused attention",
+            "scale and shift after the norm",
+            "EMA tensor by tensor",
+            "losses fetched in every step",
+        ],
         "sampling": ["chunks of 25"],
     }
     small = ["--batch-size", 8, "--steps", 1, "--repeats", 1, "--precisions", "fp32", "--data-dir", mnist_dir]
@@ -143,13 +150,13 @@ def test_each_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
     tables = re.split("^torch .*$", result.stdout, flags=re.MULTILINE)[1:]
     timed = [re.findall(r"^(.*), fp32 +\d+ img/s .* x ([\d.]+)", table, re.MULTILINE) for table in tables]
     lines = [[name for name, _ in table] for table in timed]
-    assert [table[0] for table in timed] == [("as it is", "1.00"), ("our allocator settings", "1.00")] * 3
-    assert lines[1] == lines[3] == lines[5] == ["our allocator settings", "the C library's"]
-    shared = {"as it is", "Adam not fused", "a DataLoader's batches", *undone["diffusion"][2:]}
+    assert [table[0] for table in timed] == [("as it is", "1.00"), ("our allocator settings", "1.00")] * 4
+    assert all(names == ["our allocator settings", "the C library's"] for names in lines[1::2])
+    training = {"Adam not fused", "a DataLoader's batches", "EMA tensor by tensor", "losses fetched in every step"}
+    network = {"fused attention", "channels last", "scale and shift after the norm"}
+    shared = {"gan": training, "cgan": set(), "diffusion": training, "sampling": network}
     for names, what in zip(lines[::2], undone):
-        assert set(names) == ({"as it is", "fused attention", "channels last"} if what == "sampling" else shared) | set(
-            undone[what]
-        )
+        assert set(names) == {"as it is", *shared[what], *undone[what]}, what
 
 
 def test_the_profile_names_what_costs(mnist_dir):
