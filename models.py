@@ -88,7 +88,7 @@ class ClassBatchNorm2d(nn.Module):
     def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
         x = self.norm(x)  # [B, C, H, W]
         if self.num_classes:
-            # In the type of x: with a gain of float32, all that follows would be computed in it
+            # In the type of x: a gain of float32 would turn bf16 into float32
             gain, bias = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.gain, self.bias))
             x = torch.addcmul(bias, x, gain)
         return x
