@@ -30,7 +30,7 @@ import denoising
 import flags
 import train_diffusion
 from callbacks import EMA
-from models import build
+from models import CHUNK_SIZE, build
 from training import TrainState
 from utils import autocast, choose_device, run_script
 
@@ -40,7 +40,7 @@ OURS = {  # flags of the trainer
     "ours without stable targets": ["--stable-targets", "0"],
     "ours with Adam alone, without stable targets": ["--stable-targets", "0", "--muon-lr", "0"],
 }
-CHUNK = 125  # images in an evaluation, as `DDPM.sample` has on a CPU
+CHUNK = CHUNK_SIZE["cpu"]  # images in an evaluation
 
 
 def main() -> None:

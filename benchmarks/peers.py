@@ -33,11 +33,11 @@ import train_diffusion
 from callbacks import EMA, ScheduledLR
 from denoising import DiffusionStep, StableTargets, make_optimizers
 from evaluation import FLOOR_SIZES, Extractor, Scorer, load_reference
-from models import build
+from models import CHUNK_SIZE, build
 from training import TrainState
 from utils import autocast, choose_device, keyed_generator, run_script, write_csv
 
-CHUNK = 125  # samples at a time, in all of them
+CHUNK = CHUNK_SIZE["cpu"]  # samples at a time, in all of them
 TIMED_STEPS = 15
 
 
