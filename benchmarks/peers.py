@@ -2,9 +2,10 @@
 
 Ours, Hugging Face diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, of the same FLOPs and nearly as many
 parameters, all unconditional, on the same batches of MNIST, each with the recipe that its repository trains by: schedule,
-prediction, optimizer, learning rate, average. Then each draws samples with the same number of DDIM steps, which are scored
-as ours are, against the training set; 64 of them are drawn beside the table. Timed are the steps alone, and the sampling.
-Their recipes are made for longer trainings: --peer-lr gives them another learning rate. GANs are compared in train_step.py.
+prediction, optimizer, learning rate, average. Then each draws samples with the same number of steps of DDIM, and of
+DPM-Solver++ if it has that. They are scored as ours are, against the training set; 64 of them are drawn beside the table.
+Timed are the steps alone, and the sampling. Their recipes are made for longer trainings: --peer-lr gives them another
+learning rate. GANs are compared in train_step.py.
 
     pip install -r benchmarks/requirements-peers.txt
     python benchmarks/peers.py --minutes 20
@@ -12,10 +13,11 @@ Their recipes are made for longer trainings: --peer-lr gives them another learni
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +50,8 @@ def main() -> None:
     flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="of ours (default: fp32, and bf16 where it is fast)")
     flag("--minutes", type=flags.positive_float, default=20.0, help="of training for each")
     flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
-    flag("--steps", type=flags.positive_int, default=50, help="of DDIM, in the sampling")
+    flag("--ddim-steps", type=flags.positive_int, default=50, help="network evaluations of a sample by DDIM")
+    flag("--dpm-solver-steps", type=flags.positive_int, default=15, help="the same by DPM-Solver++")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples to score: a size whose floor is known")
     flag("--peer-lr", type=flags.positive_float, default=1e-4, help="learning rate of the others; 1e-4 is their own")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -62,22 +65,22 @@ def main() -> None:
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
     for name in args.peers:
         for precision in (args.precisions or precisions(device)) if name == "ours" else ["fp32"]:
-            images, figures = measure(args, PEERS[name], precision, digits, scorer)
-            rows.append({"peer": name, "precision": precision, **figures})
-            picture = plots.image_grid(data.to_uint8(images[:64]))
-            plots.write_png(args.out.with_name(f"{args.out.stem}_{name}_{precision}.png"), picture)
-            print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                            for key, value in rows[-1].items()), flush=True)  # fmt: skip
-            write_csv(args.out, rows)
+            for figures, images in measure(args, PEERS[name], precision, digits, scorer):
+                rows.append({"peer": name, "precision": precision, **figures})
+                picture = plots.image_grid(data.to_uint8(images[:64]))
+                plots.write_png(args.out.with_name(f"{args.out.stem}_{name}_{precision}_{figures['sampler']}.png"), picture)
+                print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+                                for key, value in rows[-1].items()), flush=True)  # fmt: skip
+                write_csv(args.out, rows)
     print(f"wrote {args.out}")
 
 
 class Peer(NamedTuple):
-    """A model in training. `step` takes images [B, 1, 28, 28] in [-1, 1]; `sample` (n, steps, rng) gives as many."""
+    """A model in training. `step` takes images [B, 1, 28, 28] in [-1, 1]; a sampler (n, steps, rng) gives n of them."""
 
     network: nn.Module  # called with images, times and labels, to count its FLOPs
     step: Callable[[Tensor], None]
-    sample: Callable[[int, int, torch.Generator], Tensor]
+    samplers: dict[str, Callable[[int, int, torch.Generator], Tensor]]
 
 
 class Drawn(nn.Module):
@@ -91,20 +94,26 @@ class Drawn(nn.Module):
         return self.images[:n]
 
 
-def measure(args, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer):
-    """Train one, after a short trial that tells how many steps fit into the time; its samples, and its rates and figures."""
+def measure(
+    args, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer
+) -> Iterator[tuple[dict[str, str | int | float], Tensor]]:
+    """Train one, after a short trial that tells how many steps fit into the time; figures and samples of each sampler."""
     for _ in range(2):  # the first warms up
         seconds, _ = train(args, make, precision, digits, TIMED_STEPS)
     steps = max(1, round(TIMED_STEPS / seconds * 60 * args.minutes))
     seconds, peer = train(args, make, precision, digits, steps)
-    start = time.perf_counter()
-    images = peer.sample(args.n, args.steps, keyed_generator("cpu", "peers")).cpu()
-    rate = args.n * args.steps / (time.perf_counter() - start)
-    figures = scorer(Drawn(images))
     parameters, gflop = size_of(peer.network, digits.images.device)
-    return images, {"parameters_m": parameters, "gflop": gflop, "minutes": seconds / 60, "training_steps": steps,
-            "images_per_second": steps * args.batch_size / seconds, "evaluations_per_second": rate, "n": args.n,
-            "ddim_steps": args.steps, **{name: figures[name] for name in ("fid", "fid_ratio", "is")}}  # fmt: skip
+    for sampler, evaluations in (("ddim", args.ddim_steps), ("dpm-solver++", args.dpm_solver_steps)):
+        if sampler not in peer.samplers:
+            continue
+        start = time.perf_counter()
+        images = peer.samplers[sampler](args.n, evaluations, keyed_generator("cpu", "peers")).cpu()
+        rate = args.n * evaluations / (time.perf_counter() - start)
+        figures = scorer(Drawn(images))
+        yield {"parameters_m": parameters, "gflop": gflop, "minutes": seconds / 60, "training_steps": steps,
+               "images_per_second": steps * args.batch_size / seconds, "n": args.n, "sampler": sampler,
+               "evaluations": evaluations, "evaluations_per_second": rate,
+               **{name: figures[name] for name in ("fid", "fid_ratio", "is")}}, images  # fmt: skip
 
 
 def train(args, make: Callable[..., Peer], precision: str, digits: data.Digits, steps: int) -> tuple[float, Peer]:
@@ -140,19 +149,19 @@ def ours(args, digits: data.Digits, steps: int, precision: str) -> Peer:
         ema.after_step(state)
         schedule.after_step(state)
 
-    def sample(n: int, steps: int, rng: torch.Generator) -> Tensor:
-        return ema.model.sample(n, rng=rng, sampler="ddim", steps=steps, precision=precision, chunk_size=CHUNK)
+    def sample(sampler: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
+        return ema.model.sample(n, rng=rng, sampler=sampler, steps=steps, precision=precision, chunk_size=CHUNK)
 
-    return Peer(model, step, sample)
+    return Peer(model, step, {sampler: functools.partial(sample, sampler) for sampler in ("ddim", "dpm-solver++")})
 
 
 def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
     """Their example of unconditional training: linear schedule, noise prediction, AdamW with a warm-up and a cosine.
 
-    Sampling starts at the last time and takes the noise of the clipped estimates, as ours and the other peer's does; by
-    the defaults of their scheduler, which does neither, a network that is not trained to the end looks far worse.
+    Sampling starts at the last time and goes by clipped estimates of x0 (DDIM: and the noise that they imply), as ours and
+    the other peer's does; by the defaults of their schedulers, a network that is not trained to the end looks far worse.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
 
@@ -164,6 +173,8 @@ def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     ).to(device)  # fmt: skip
     noising = DDPMScheduler(num_train_timesteps=1000)
+    ddim = DDIMScheduler(timestep_spacing="trailing")
+    dpm_solver = DPMSolverMultistepScheduler(timestep_spacing="trailing", thresholding=True)  # at 1: clipping
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.peer_lr, betas=(0.95, 0.999), weight_decay=1e-6)
     rates = get_cosine_schedule_with_warmup(optimizer, min(500, steps // 10), steps)
@@ -181,20 +192,24 @@ def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
         ema.step(network.parameters())
 
     @torch.no_grad()
-    def sample(n: int, steps: int, rng: torch.Generator) -> Tensor:
+    def sample(scheduler, options: dict[str, bool], n: int, steps: int, rng: torch.Generator) -> Tensor:
         ema.copy_to(network.parameters())
         network.eval()
-        sampler, parts = DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing"), []
-        sampler.set_timesteps(steps)
+        parts = []
         for x in torch.randn(n, 1, 28, 28, generator=rng).to(device).split(CHUNK):
-            for t in sampler.timesteps:
+            scheduler.set_timesteps(steps)  # and forget the estimates of the last chunk
+            for t in scheduler.timesteps:
                 with autocast(device, precision):
                     noise = network(x, t).sample.float()
-                x = sampler.step(noise, t, x, use_clipped_model_output=True).prev_sample
+                x = scheduler.step(noise, t, x, **options).prev_sample
             parts.append(x)
         return torch.cat(parts)
 
-    return Peer(TwoInputs(network), step, sample)
+    samplers = {
+        "ddim": functools.partial(sample, ddim, {"use_clipped_model_output": True}),
+        "dpm-solver++": functools.partial(sample, dpm_solver, {}),
+    }
+    return Peer(TwoInputs(network), step, samplers)
 
 
 def denoising_diffusion_pytorch(args, digits: data.Digits, steps: int, precision: str) -> Peer:
@@ -225,7 +240,7 @@ def denoising_diffusion_pytorch(args, digits: data.Digits, steps: int, precision
             parts = [drawer.sample(min(CHUNK, n - done)) for done in range(0, n, CHUNK)]
         return torch.cat(parts).float() * 2 - 1
 
-    return Peer(TwoInputs(network), step, sample)
+    return Peer(TwoInputs(network), step, {"ddim": sample})
 
 
 class TwoInputs(nn.Module):

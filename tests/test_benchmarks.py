@@ -165,3 +165,18 @@ def test_the_profile_names_what_costs(mnist_dir):
     result = run_process("benchmarks/profile_steps.py", "--device", "cpu", *args)
     assert result.returncode == 0, result.stderr
     assert len(re.findall(r" ms\n +[\d.]+%  aten::\w*convolution\w*\n +[\d.]+%", result.stdout)) == 3, result.stdout
+
+
+def test_the_peers_are_trained_and_drawn_by_each_sampler(mnist_dir, tmp_path):
+    """benchmarks/peers.py, but for the peer that is in no requirements of the tests."""
+    args = ["--peers", "ours", "diffusers", "--precisions", "fp32", "--minutes", 0.01, "--batch-size", 4, "--n", 500]
+    args += ["--ddim-steps", 2, "--dpm-solver-steps", 3, "--data-dir", mnist_dir, "--device", "cpu"]
+    result = run_process("benchmarks/peers.py", *args, "--out", tmp_path / "a.csv")
+    assert result.returncode == 0, result.stderr
+    rows = read_csv(tmp_path / "a.csv")
+    drawn = [(peer, *how) for peer in ("ours", "diffusers") for how in (("ddim", "2"), ("dpm-solver++", "3"))]
+    assert [(row["peer"], row["sampler"], row["evaluations"]) for row in rows] == drawn
+    assert len({row["fid"] for row in rows}) == len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 4
+    for measured in ("parameters_m", "gflop"):  # of like size
+        ours, _, theirs, _ = (float(row[measured]) for row in rows)
+        assert abs(ours / theirs - 1) < 0.02
