@@ -37,7 +37,7 @@ NORMS, PRECISIONS = ("batch", "spectral", "none"), ("fp32", "bf16")
 DEFAULT_STEPS, DEFAULT_ETA, DIGIT_ETA = 15, 2.5, 0.8  # by benchmarks/samplers.py; eta for any digit, for one on demand
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
 MAX_GUIDANCE = 100  # far beyond where samples are still digits
-CHUNK_SIZE = {"cpu": 125, "cuda": 2000}  # images in an evaluation, see benchmarks/README.md
+CHUNK_SIZE = {"cpu": 250, "cuda": 2000}  # images in an evaluation, see benchmarks/README.md
 
 
 # --------------------------------------------------------------------------------------------------------------------

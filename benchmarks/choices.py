@@ -50,7 +50,7 @@ GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes"
 CGAN = [AS_IS, "class gains in fp32", NO_GRAPH]
 DIFFUSION = [AS_IS, "channels last", "fused attention", ONE_PASS, *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
-CHUNKS = {"cpu": (25, 50, 250, 500), "cuda": (125, 500, 1000, 5000)}
+CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
 SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled"]
 SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
 

@@ -5,8 +5,8 @@ Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedd
 1 % (printed; theirs takes odd widths to match). Theirs is trained as their unconditional example does: noise by
 DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` as train_diffusion.py assembles it,
 with its EMA; without stable targets, which are work that theirs has none of; and without Muon, as theirs. Both get the same
-tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of
-125 images. All in one process: first theirs as it comes, then all in turn. Needs requirements-dev.txt.
+tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of as many images as our
+sampler gives it. All in one process: first theirs as it comes, then all in turn. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
 """

@@ -1,5 +1,5 @@
-"""How long does one wait? Reading MNIST, `--help`, pictures on demand, and scoring a generator: medians of a few
-repeats, after a first one that fills the caches.
+"""How long does one wait? For each script's `--help`, a dry run of each trainer, pictures on demand, reading MNIST, and
+scoring a generator: medians of a few repeats, after a first one that fills the caches.
 
 python benchmarks/latency.py
 """
@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TRAINERS = ("train_gan.py", "train_cgan.py", "train_diffusion.py")
+SCRIPTS = (*TRAINERS, "train_classifier.py", "evaluate.py", "infer.py", "inference.py", "report.py")
 sys.path.insert(0, str(ROOT))
 
 import torch
@@ -47,22 +49,12 @@ def main() -> None:
     features, _ = extractor(images)
     train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
     reference = RealDigits(test, test, train, extractor)
-    help_command = [sys.executable, str(ROOT / "train_gan.py"), "--help"]
-    digit_model = str(ROOT / "checkpoints" / "best_CGAN_G.pt")
-    digit_command = [sys.executable, str(ROOT / "inference.py"), "--model", digit_model, "--digit", "9", "--outdir"]
-    infer_command = [sys.executable, str(ROOT / "infer.py"), "--data-dir", str(data_dir), "--out"]
-
     digits = 500 if device.type == "cpu" else 10_000
     diffusion_model = load_generator(ROOT / "checkpoints" / "best_DIFF.pt", device)
 
     print(f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, n = {args.n}, {args.repeats} repeats")
     report = {
         "read MNIST's 60,000 training digits": lambda: data.load_digits("mnist", "train", data_dir),
-        "train_gan.py --help": lambda: subprocess.run(help_command, check=True, capture_output=True),
-        "inference.py --digit 9": lambda: subprocess.run([*digit_command, scratch], check=True, capture_output=True),
-        "infer.py (64 digits of each kind)": lambda: subprocess.run(
-            [*infer_command, f"{scratch}/infer.png"], check=True, capture_output=True, cwd=ROOT
-        ),
         **{
             f"{digits:,} diffusion digits, 15 evaluations, {precision}": functools.partial(
                 diffusion_model.sample, digits, steps=15, precision=precision
@@ -78,8 +70,25 @@ def main() -> None:
         "  of that: nearest training digits": lambda: metrics.nearest_neighbours(images, train.images),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        for name, work in report.items():
-            print(f"{name:50s} {median_seconds(work, args.repeats, device):7.2f} s")
+        for name, work in (scripts(scratch, data_dir) | report).items():
+            print(f"{name:50s} {median_seconds(work, args.repeats, device):7.2f} s", flush=True)
+
+
+def scripts(scratch: str, data_dir: str | Path) -> dict[str, Callable[[], object]]:
+    """Whole processes, imports included, which write into `scratch`."""
+
+    def command(*arguments: object) -> Callable[[], object]:
+        line = [sys.executable, *map(str, arguments)]
+        return functools.partial(subprocess.run, line, check=True, capture_output=True, cwd=ROOT)
+
+    digits = ["--data-dir", Path(data_dir).resolve()]
+    trial = ["--dry-run", *digits, "--out-dir", scratch]
+    return {
+        **{f"{script} --help": command(script, "--help") for script in SCRIPTS},
+        **{f"{script} --dry-run": command(script, *trial) for script in TRAINERS},
+        "inference.py --digit 9": command("inference.py", "--digit", "9", "--outdir", scratch),
+        "infer.py (64 digits of each kind)": command("infer.py", *digits, "--out", f"{scratch}/infer.png"),
+    }
 
 
 def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
