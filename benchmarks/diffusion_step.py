@@ -93,14 +93,14 @@ def our_network(device):
     return build("ddpm").to(device)
 
 
-def their_network(device):
-    """A UNet2DModel whose widths give our numbers of parameters and FLOPs."""
+def their_network(device, classes: int | None = data.NUM_CLASSES + 1):
+    """A UNet2DModel whose widths give our numbers of parameters and FLOPs; `classes` is None for one without labels."""
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=28, in_channels=1, out_channels=1, block_out_channels=(16, 24, 140), layers_per_block=1,
-        norm_num_groups=4, attention_head_dim=35, num_class_embeds=11,
+        norm_num_groups=4, attention_head_dim=35, num_class_embeds=classes,
         down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
     ).to(device)  # fmt: skip

@@ -24,6 +24,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from diffusion_step import their_network
 from timing import precisions, size_of
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -161,17 +162,12 @@ def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
     Sampling starts at the last time and goes by clipped estimates of x0 (DDIM: and the noise that they imply), as ours and
     the other peer's does; by the defaults of their schedulers, a network that is not trained to the end looks far worse.
     """
-    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+    from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
     from diffusers.training_utils import EMAModel
 
     device = digits.images.device
-    network = UNet2DModel(
-        sample_size=28, in_channels=1, out_channels=1, block_out_channels=(16, 24, 140), layers_per_block=1,
-        norm_num_groups=4, attention_head_dim=35,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-    ).to(device)  # fmt: skip
+    network = their_network(device, classes=None)
     noising = DDPMScheduler(num_train_timesteps=1000)
     ddim = DDIMScheduler(timestep_spacing="trailing")
     dpm_solver = DPMSolverMultistepScheduler(timestep_spacing="trailing", thresholding=True)  # at 1: clipping
