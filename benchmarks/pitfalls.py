@@ -29,7 +29,7 @@ from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from interface import evaluating
 from utils import ExpectedError, autocast, choose_device, run_script, write_csv
 
-CHUNK = 125
+CHUNK = 125  # images at a time; the noise of the steps, and so the figures, depend on it
 
 
 def main() -> None:
