@@ -2,7 +2,7 @@
 one choice undone at a time (of the conditional GAN, those that the other one has not).
 
 A ratio below 1 means that the choice pays. The loops of a table are timed in turn, in one process. The allocator's settings
-cannot be taken back, so without them and with them each loop runs alone, in this order.
+cannot be taken back, so without them and with them each loop runs alone, in a process of its own.
 
     python benchmarks/choices.py
     python benchmarks/choices.py --what diffusion --precisions bf16 --steps 10
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from diffusion_step import batches, evaluation_loop, our_network
-from timing import Timed, add_timing_flags, measure, precisions, report
+from timing import Timed, add_timing_flags, as_it_comes, measure, precisions, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import loader
@@ -69,22 +69,16 @@ def main() -> None:
     args = parser.parse_args()
     args.data_dir = args.data_dir or data.default_data_dir()
 
-    on_cpu = args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available())
-    wanted = list(itertools.product(args.what, args.precisions or precisions(torch.device("cpu" if on_cpu else "cuda"))))
-    before = {}
-    if on_cpu:  # `choose_device` changes the allocator's settings for the whole process
-        before = {table: time_loops(args, torch.device("cpu"), *table, [AS_IS]) for table in wanted}
     device = choose_device(args.device)
-    after = {table: time_loops(args, device, *table, [AS_IS]) for table in before}
-    for what, precision in wanted:
+    for what, precision in itertools.product(args.what, args.precisions or precisions(device)):
         choices = possible(TABLES[what][1], device)
         if args.undo is not None:
             choices = [choice for choice in choices if choice in (AS_IS, *args.undo)]
         tables = {what: time_loops(args, device, what, precision, choices)} if choices != [AS_IS] else {}
-        if on_cpu:
-            pair = {"our allocator settings": after, "the C library's": before}
+        if device.type == "cpu":
             tables[f"{what} alone"] = {
-                f"{name}, {precision}": timed[what, precision][f"{AS_IS}, {precision}"] for name, timed in pair.items()
+                f"{name}, {precision}": as_it_comes(time_alone, args, what, precision, ours)
+                for name, ours in (("our allocator settings", True), ("the C library's", False))
             }
         for title, timed in tables.items():
             report(sized(args, what, device), device, timed, f"{title}, {precision}")
@@ -104,6 +98,12 @@ def time_loops(args, device: torch.device, what: str, precision: str, choices: l
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     loops = {f"{choice}, {precision}": TABLES[what][0](args, digits, precision, choice) for choice in choices}
     return measure(sized(args, what, device), loops)
+
+
+def time_alone(args, what: str, precision: str, our_allocator_settings: bool) -> Timed:
+    device = choose_device("cpu") if our_allocator_settings else torch.device("cpu")
+    (timed,) = time_loops(args, device, what, precision, [AS_IS]).values()
+    return timed
 
 
 def sized(args, what: str, device: torch.device) -> argparse.Namespace:

@@ -6,7 +6,7 @@ Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedd
 DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` as train_diffusion.py assembles it,
 with its EMA; without stable targets, which are work that theirs has none of; and without Muon, as theirs. Both get the same
 tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of as many images as our
-sampler gives it. All in one process: first theirs as it comes, then all in turn. Needs requirements-dev.txt.
+sampler gives it. First theirs runs as it comes, in a process of its own, then all in turn. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import add_timing_flags, measure, precisions, report, size_of
+from timing import Timed, add_timing_flags, as_it_comes, measure, precisions, report, size_of
 from torch.nn import functional as F
 
 import data
@@ -49,15 +49,11 @@ def main() -> None:
     parser.add_argument("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
-    data_dir = args.data_dir or data.default_data_dir()
+    args.data_dir = args.data_dir or data.default_data_dir()
 
-    # Theirs as it comes: `choose_device` changes the allocator's settings for the whole process
-    timed = {}
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        digits = data.load_digits("mnist", "train", data_dir)
-        timed |= measure(args, {"diffusers, fp32": their_loop(args, digits, "fp32")})
     device = choose_device(args.device)
-    digits = data.load_digits("mnist", "train", data_dir, device)
+    timed = {"diffusers, fp32": as_it_comes(time_theirs, args)} if device.type == "cpu" else {}
+    digits = data.load_digits("mnist", "train", args.data_dir, device)
     loops = {}
     for precision in precisions(device):
         loops[f"diffusers, {precision}{LIKE_OURS}"] = their_loop(args, digits, precision)
@@ -80,6 +76,11 @@ def main() -> None:
         ratios = ", ".join(f"{name} {timed[f'{name}, {precision}'].rate / theirs:.2f}" for name in OURS)
         print(f"to diffusers with our allocator settings, {precision}: {ratios}")
     report(sampling, device, evaluated, "one evaluation in sampling")
+
+
+def time_theirs(args) -> Timed:
+    digits = data.load_digits("mnist", "train", args.data_dir)
+    return measure(args, {"": their_loop(args, digits, "fp32")})[""]
 
 
 def batches(args, digits):

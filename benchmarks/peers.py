@@ -41,7 +41,7 @@ from training import TrainState
 from utils import autocast, choose_device, keyed_generator, run_script, write_csv
 
 CHUNK = CHUNK_SIZE["cpu"]  # samples at a time, in all of them
-TIMED_STEPS = 15
+TIMED_STEPS = 30
 
 
 def main() -> None:

@@ -3,9 +3,12 @@ can multiply, sizes of networks."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -59,6 +62,17 @@ def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
     return {name: Timed(rates[name], gflop[name]) for name in loops}
+
+
+def as_it_comes(work: Callable[..., Timed], *args: object) -> Timed:
+    """`work(*args)` in a process of its own, without the allocator settings that `choose_device` makes for good."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
+        return process.submit(work, *args).result()
+
+
+def _unset(variable: str) -> None:
+    os.environ.pop(variable, None)
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:

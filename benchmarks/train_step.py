@@ -2,8 +2,8 @@
 
 The plain loop: fp32, a DataLoader with ToTensor and Normalize, separate backward passes with all gradients, ordinary
 Adam, `.item()` in every step, no EMA. Ours: `GANStep` on the tensor-resident data, the fused optimizer and the EMA.
-All in one process: first the plain loop as it comes, then, in turn, the plain loop with our allocator settings, and ours in
-both precisions. Reported are images/s (median of the repeats) and the ratio to the first line.
+First the plain loop runs as it comes, in a process of its own, then, in turn, the plain loop with our allocator settings,
+and ours in both precisions. Reported are images/s (median of the repeats) and the ratio to the first line.
 
     python benchmarks/train_step.py
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import add_timing_flags, measure, precisions, report
+from timing import Timed, add_timing_flags, as_it_comes, measure, precisions, report
 from torch import nn
 
 import data
@@ -45,15 +45,11 @@ def main() -> None:
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
-
     args.data_dir = args.data_dir or data.default_data_dir()
-    data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
 
-    # The plain loop as it comes: `choose_device` changes the allocator's settings for the whole process
-    timed = {}
-    if args.device == "cpu" or (args.device == "auto" and not torch.cuda.is_available()):
-        timed |= measure(args, {"plain loop, fp32": plain_loop(args, torch.device("cpu"))})
     device = choose_device(args.device)
+    data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
+    timed = {"plain loop, fp32": as_it_comes(time_plain_loop, args)} if device.type == "cpu" else {}
     loops = {
         "plain loop, fp32, our allocator settings": plain_loop(args, device),
         **{f"ours, {precision}, EMA": our_loop(args, device, precision) for precision in precisions(device)},
@@ -61,6 +57,10 @@ def main() -> None:
     timed |= measure(args, loops)
 
     report(args, device, timed, f"width {args.width}, {args.loss}")
+
+
+def time_plain_loop(args) -> Timed:
+    return measure(args, {"": plain_loop(args, torch.device("cpu"))})[""]
 
 
 def plain_loop(args, device):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import os
 import re
 import runpy
 
@@ -127,6 +129,12 @@ def test_a_recipe_without_effect_is_refused(tmp_path):
     for recipe, named in (("epochs=3", "epochs"), ("lr_schedule=plateau", "lr_schedule=plateau")):
         result = run_process("benchmarks/ablation.py", *args, recipe)
         assert result.returncode == 1 and f"{named} would have no effect" in error_line(result.stderr)
+
+
+def test_what_runs_as_it_comes_has_none_of_our_allocator_settings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    assert importlib.import_module("timing").as_it_comes(os.getenv, "THP_MEM_ALLOC_ENABLE") is None
 
 
 def test_each_choice_is_timed_beside_the_step_as_it_is(mnist_dir):

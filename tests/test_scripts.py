@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -252,6 +255,26 @@ def test_training_failures_exit_with_1_or_2(run, tmp_path, monkeypatch):
     ):
         code, _, err = run("train_diffusion.py", "--dataset", "digits", *args, "--out-dir", out)
         assert code == 2 and reason in error_line(err) and not list(out.rglob("*.pt"))
+
+
+ASKS_FOR_HUGE_PAGES = """
+import runpy, sys
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+flags = [line.split() for line in open("/proc/self/smaps") if line.startswith("VmFlags")]
+sys.exit(any("hg" in line for line in flags))  # proc(5)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="no huge pages here")
+@pytest.mark.parametrize(
+    "args", ["train_gan.py --dry-run --dataset digits --width 8 --out-dir", "inference.py --digit 9 --outdir"]
+)
+def test_scripts_ask_for_huge_pages(tmp_path, args):
+    command = [sys.executable, "-c", ASKS_FOR_HUGE_PAGES, *args.split(), str(tmp_path), "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}
+    assert subprocess.run(command, cwd=ROOT, env=environment).returncode == 1
+    assert subprocess.run(command, cwd=ROOT, env=environment | {"THP_MEM_ALLOC_ENABLE": "0"}).returncode == 0
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
