@@ -43,15 +43,16 @@ from utils import choose_device, run_script
 
 AS_IS = "as it is"
 NO_GRAPH = "no CUDA graph"
+ALLOCATOR = "the C library's allocator settings"
 SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
-SHARED += [NO_GRAPH]
+SHARED += [NO_GRAPH, ALLOCATOR]
 ONE_PASS = "scale and shift after the norm"
 GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
-CGAN = [AS_IS, "class gains in fp32", NO_GRAPH]
+CGAN = [AS_IS, "class gains in fp32", NO_GRAPH, ALLOCATOR]
 DIFFUSION = [AS_IS, "channels last", "fused attention", ONE_PASS, *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
 CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
-SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled"]
+SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR]
 SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
 
 
@@ -60,8 +61,8 @@ def main() -> None:
     flag = parser.add_argument
     flag("--what", nargs="+", choices=TABLES, default=[*TABLES], help="the tables to make")
     flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
-    flag("--undo", nargs="*", choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING} - {AS_IS}),
-         help="these choices only; without a name: only the allocator's settings (default: all)")  # fmt: skip
+    flag("--undo", nargs="+", choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING} - {AS_IS}),
+         help="these choices only (default: all)")  # fmt: skip
     add_timing_flags(flag, flags.positive_int)
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
@@ -74,11 +75,14 @@ def main() -> None:
         choices = possible(TABLES[what][1], device)
         if args.undo is not None:
             choices = [choice for choice in choices if choice in (AS_IS, *args.undo)]
-        tables = {what: time_loops(args, device, what, precision, choices)} if choices != [AS_IS] else {}
-        if device.type == "cpu":
+        if choices == [AS_IS]:
+            print(f"{what}, {precision}: none of these choices is one of it on {device}")
+        in_turn = [choice for choice in choices if choice != ALLOCATOR]
+        tables = {what: time_loops(args, device, what, precision, in_turn)} if in_turn != [AS_IS] else {}
+        if ALLOCATOR in choices:
             tables[f"{what} alone"] = {
-                f"{name}, {precision}": as_it_comes(time_alone, args, what, precision, ours)
-                for name, ours in (("our allocator settings", True), ("the C library's", False))
+                f"{choice}, {precision}": as_it_comes(time_alone, args, what, precision, choice)
+                for choice in (AS_IS, ALLOCATOR)
             }
         for title, timed in tables.items():
             report(sized(args, what, device), device, timed, f"{title}, {precision}")
@@ -86,12 +90,9 @@ def main() -> None:
 
 def possible(choices: list[str], device: torch.device) -> list[str]:
     """Those that mean something on the device."""
-    chunks = {f"chunks of {n}" for n in CHUNKS[device.type]}
-    return [
-        choice
-        for choice in choices
-        if (choice in chunks if choice.startswith("chunks") else choice != NO_GRAPH or device.type == "cuda")
-    ]
+    sizes = {*CHUNKS["cpu"], *CHUNKS["cuda"]} - {*CHUNKS[device.type]}
+    elsewhere = {ALLOCATOR if device.type == "cuda" else NO_GRAPH, *(f"chunks of {n}" for n in sizes)}
+    return [choice for choice in choices if choice not in elsewhere]
 
 
 def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
@@ -100,8 +101,8 @@ def time_loops(args, device: torch.device, what: str, precision: str, choices: l
     return measure(sized(args, what, device), loops)
 
 
-def time_alone(args, what: str, precision: str, our_allocator_settings: bool) -> Timed:
-    device = choose_device("cpu") if our_allocator_settings else torch.device("cpu")
+def time_alone(args, what: str, precision: str, choice: str) -> Timed:
+    device = torch.device("cpu") if choice == ALLOCATOR else choose_device("cpu")
     (timed,) = time_loops(args, device, what, precision, [AS_IS]).values()
     return timed
 
