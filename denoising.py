@@ -18,7 +18,7 @@ from guard import Guard
 from models import DDPM, build
 from muon import Muon
 from training import TrainState
-from utils import UsageError, autocast, reseeded
+from utils import UsageError, ask_for_huge_pages, autocast, reseeded
 
 DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
 
@@ -88,6 +88,7 @@ def train_ddpm(args: argparse.Namespace) -> None:
     """Train the diffusion model: the whole of train_diffusion.py but its flags."""
     if args.dry_run and not args.resume:
         args.steps = min(args.steps, DRY_RUN_STEPS)
+    ask_for_huge_pages()
     run = Experiment(args, "DIFF", "diffusion", slow_sampling=True)
     try:
         model, optimizers, step = assemble(args, run.state, run.digits, run.precision)

@@ -119,30 +119,36 @@ def choose_device(name: str = "auto") -> torch.device:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun's processes have a GPU each
     try:
         device = torch.device(name)
-        if device.type == "cpu":
-            _tune_allocator()
-        elif device.type != "cuda":
+        if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
-    if device.type == "cuda":
+    if device.type == "cpu":
+        _keep_freed_memory()
+    else:
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: figures are compared across devices
     return device
 
 
-def _tune_allocator() -> None:
-    """Have torch ask for huge pages, and keep glibc from handing each freed activation back to the kernel, only to fault its
-    pages in again a step later."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch reads it before its first tensor
+def _keep_freed_memory() -> None:
+    """Stop glibc from handing each freed activation back to the kernel, only to fault its pages in again a step later."""
     trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
     with contextlib.suppress(OSError, AttributeError):  # another C library: its own policy stands
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(mmap_threshold, 32 * 2**20)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 256 * 2**20)
+
+
+def ask_for_huge_pages() -> None:
+    """Have torch ask Linux for pages of 2 MB, unless `THP_MEM_ALLOC_ENABLE` is set: to be called before the first tensor.
+
+    The U-Net's step is a little faster so and takes a fifth more memory; the GANs', on other tensors, is not.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def busy_seconds() -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """What does each choice for speed give? Our GAN steps, our diffusion step and evaluations in sampling, as they are and with
 one choice undone at a time (of the conditional GAN, those that the other one has not).
 
-A ratio below 1 means that the choice pays. The loops of a table are timed in turn, in one process. The allocator's settings
-cannot be taken back, so without them and with them each loop runs alone, in a process of its own.
+A ratio below 1 means that the choice pays. The loops of a table are timed in turn, in a process of their own. The
+allocator's settings cannot be taken back, so without them and with them each loop runs alone.
 
     python benchmarks/choices.py
     python benchmarks/choices.py --what diffusion --precisions bf16 --steps 10
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from diffusion_step import batches, evaluation_loop, our_network
-from timing import Timed, add_timing_flags, as_it_comes, measure, precisions, report
+from timing import Timed, add_timing_flags, apart, measure, precisions, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import loader
@@ -39,7 +39,7 @@ from callbacks import EMA
 from models import CHUNK_SIZE, ClassBatchNorm2d
 from training import TrainState
 from unet import AdaptiveGroupNorm, Attention
-from utils import choose_device, run_script
+from utils import ask_for_huge_pages, choose_device, run_script
 
 AS_IS = "as it is"
 NO_GRAPH = "no CUDA graph"
@@ -78,12 +78,10 @@ def main() -> None:
         if choices == [AS_IS]:
             print(f"{what}, {precision}: none of these choices is one of it on {device}")
         in_turn = [choice for choice in choices if choice != ALLOCATOR]
-        tables = {what: time_loops(args, device, what, precision, in_turn)} if in_turn != [AS_IS] else {}
+        tables = {what: apart(time_loops, args, what, precision, in_turn)} if in_turn != [AS_IS] else {}
         if ALLOCATOR in choices:
-            tables[f"{what} alone"] = {
-                f"{choice}, {precision}": as_it_comes(time_alone, args, what, precision, choice)
-                for choice in (AS_IS, ALLOCATOR)
-            }
+            alone = [apart(time_loops, args, what, precision, [choice]) for choice in (AS_IS, ALLOCATOR)]
+            tables[f"{what} alone"] = alone[0] | alone[1]
         for title, timed in tables.items():
             report(sized(args, what, device), device, timed, f"{title}, {precision}")
 
@@ -95,16 +93,16 @@ def possible(choices: list[str], device: torch.device) -> list[str]:
     return [choice for choice in choices if choice not in elsewhere]
 
 
-def time_loops(args, device: torch.device, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
+def time_loops(args, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
+    if choices == [ALLOCATOR]:
+        device = torch.device("cpu")
+    else:
+        if what == "diffusion":
+            ask_for_huge_pages()
+        device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     loops = {f"{choice}, {precision}": TABLES[what][0](args, digits, precision, choice) for choice in choices}
     return measure(sized(args, what, device), loops)
-
-
-def time_alone(args, what: str, precision: str, choice: str) -> Timed:
-    device = torch.device("cpu") if choice == ALLOCATOR else choose_device("cpu")
-    (timed,) = time_loops(args, device, what, precision, [AS_IS]).values()
-    return timed
 
 
 def sized(args, what: str, device: torch.device) -> argparse.Namespace:

@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import Timed, add_timing_flags, as_it_comes, measure, precisions, report, size_of
+from timing import Timed, add_timing_flags, apart, measure, precisions, report, size_of
 from torch.nn import functional as F
 
 import data
@@ -32,7 +32,7 @@ import train_diffusion
 from callbacks import EMA
 from models import CHUNK_SIZE, build
 from training import TrainState
-from utils import autocast, choose_device, run_script
+from utils import ask_for_huge_pages, autocast, choose_device, run_script
 
 LIKE_OURS = ", our allocator settings"
 OURS = {  # flags of the trainer
@@ -51,8 +51,9 @@ def main() -> None:
     args = parser.parse_args()
     args.data_dir = args.data_dir or data.default_data_dir()
 
+    ask_for_huge_pages()
     device = choose_device(args.device)
-    timed = {"diffusers, fp32": as_it_comes(time_theirs, args)} if device.type == "cpu" else {}
+    timed = {"diffusers, fp32": apart(time_theirs, args)} if device.type == "cpu" else {}
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     loops = {}
     for precision in precisions(device):

@@ -38,7 +38,7 @@ from denoising import DiffusionStep, StableTargets, make_optimizers
 from evaluation import FLOOR_SIZES, Extractor, Scorer, load_reference
 from models import CHUNK_SIZE, build
 from training import TrainState
-from utils import autocast, choose_device, keyed_generator, run_script, write_csv
+from utils import ask_for_huge_pages, autocast, choose_device, keyed_generator, run_script, write_csv
 
 CHUNK = CHUNK_SIZE["cpu"]  # samples at a time, in all of them
 TIMED_STEPS = 30
@@ -60,6 +60,7 @@ def main() -> None:
     flag("--out", type=Path, default=Path("runs/peers.csv"), help="the table to write")
     args = parser.parse_args()
 
+    ask_for_huge_pages()
     device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
     extractor, rows = Extractor(device), []

@@ -9,13 +9,15 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from utils import has_bf16
+
+Result = TypeVar("Result")
 
 
 def add_timing_flags(flag, positive_int) -> None:
@@ -64,8 +66,8 @@ def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
     return {name: Timed(rates[name], gflop[name]) for name in loops}
 
 
-def as_it_comes(work: Callable[..., Timed], *args: object) -> Timed:
-    """`work(*args)` in a process of its own, without the allocator settings that `choose_device` makes for good."""
+def apart(work: Callable[..., Result], *args: object) -> Result:
+    """`work(*args)` in a process of its own, with the C library's allocator settings: ours, once made, stay."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
         return process.submit(work, *args).result()

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import Timed, add_timing_flags, as_it_comes, measure, precisions, report
+from timing import Timed, add_timing_flags, apart, measure, precisions, report
 from torch import nn
 
 import data
@@ -49,7 +49,7 @@ def main() -> None:
 
     device = choose_device(args.device)
     data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
-    timed = {"plain loop, fp32": as_it_comes(time_plain_loop, args)} if device.type == "cpu" else {}
+    timed = {"plain loop, fp32": apart(time_plain_loop, args)} if device.type == "cpu" else {}
     loops = {
         "plain loop, fp32, our allocator settings": plain_loop(args, device),
         **{f"ours, {precision}, EMA": our_loop(args, device, precision) for precision in precisions(device)},
