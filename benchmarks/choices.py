@@ -76,7 +76,7 @@ def main() -> None:
         if args.undo is not None:
             choices = [choice for choice in choices if choice in (AS_IS, *args.undo)]
         if choices == [AS_IS]:
-            print(f"{what}, {precision}: none of these choices is one of it on {device}")
+            print(f"{what}, {precision}: has none of these choices on {device}")
         in_turn = [choice for choice in choices if choice != ALLOCATOR]
         tables = {what: apart(time_loops, args, what, precision, in_turn)} if in_turn != [AS_IS] else {}
         if ALLOCATOR in choices:
