@@ -94,12 +94,11 @@ def possible(choices: list[str], device: torch.device) -> list[str]:
 
 
 def time_loops(args, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
-    if choices == [ALLOCATOR]:
-        device = torch.device("cpu")
-    else:
-        if what == "diffusion":
-            ask_for_huge_pages()
-        device = choose_device(args.device)
+    """Each of the choices, with the allocator settings of its trainer; with none of ours where that is the only choice."""
+    ours = choices != [ALLOCATOR]
+    if ours and what == "diffusion":
+        ask_for_huge_pages()
+    device = choose_device(args.device) if ours else torch.device("cpu")
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     loops = {f"{choice}, {precision}": TABLES[what][0](args, digits, precision, choice) for choice in choices}
     return measure(sized(args, what, device), loops)
