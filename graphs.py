@@ -1,4 +1,4 @@
-"""A training step, or an evaluation in sampling, as one CUDA graph: recorded once, then launched as a whole.
+"""A training step as one CUDA graph: recorded once, then launched as a whole.
 
 A step of these small networks is a thousand kernels of a few microseconds each, which Python cannot launch as fast as a
 GPU runs them. Everywhere else, and of several processes, a step stays the call that it is.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import distributed
 
@@ -95,19 +95,3 @@ class Replayed:
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
-
-
-class ReplayedNetwork(Replayed):
-    """`network(*inputs)` -> a tensor, without gradients: on a GPU replayed from a recording for each number of rows."""
-
-    def __init__(self, network: nn.Module, device: torch.device):
-        super().__init__(lambda *inputs: {"": network(*inputs[:-1])}, torch.Generator(device), {})
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return super().__call__(*inputs, variant=len(inputs[0]))[""]
-
-    def _record(self, *arguments: Any) -> Recording:
-        """Within the autocast around it, but without the weights that this has converted, which would not outlast it."""
-        around = {"dtype": torch.get_autocast_dtype("cuda"), "enabled": torch.is_autocast_enabled("cuda")}
-        with torch.autocast("cuda", **around, cache_enabled=False):
-            return super()._record(*arguments)

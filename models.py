@@ -29,7 +29,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 import diffusion
 from classifier import ClassifierConfig, DigitClassifier
-from graphs import ReplayedNetwork
 from interface import check_bounds, check_choice, check_int, check_option, check_request, evaluating
 from unet import UNet
 from utils import autocast
@@ -237,13 +236,9 @@ class DDPM(nn.Module):
         for name in ("alpha", "sigma"):  # they follow from the config
             self.register_buffer(name, torch.tensor([getattr(level, name) for level in self.levels]), persistent=False)
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor, unet: Callable[..., Tensor] | None = None) -> Tensor:
-        """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes.
-
-        Args:
-            unet: what evaluates the U-Net, where it is not simply called.
-        """
-        return (unet or self.unet)(x, time * (1000 / self.config.timesteps), labels)
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
+        """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes."""
+        return self.unet(x, time * (1000 / self.config.timesteps), labels)
 
     def loss(
         self,
@@ -277,15 +272,8 @@ class DDPM(nn.Module):
         target = diffusion.target(self.config.prediction, images, eps, alpha, sigma)
         return F.mse_loss(self(x[rows], time[rows], labels[rows]), target[rows])
 
-    def denoise(
-        self,
-        x: Tensor,
-        level: diffusion.Level,
-        labels: Tensor,
-        guidance: float = 1.0,
-        unet: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
-        """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call. `unet`: as of `forward`.
+    def denoise(self, x: Tensor, level: diffusion.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
+        """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
 
         Guidance w combines the predictions for the labels, c, and for the null class, u, as u + w (c - u) (Ho & Salimans
         2022, eq. 6, whose w is ours minus 1): 1 is plain conditional, 0 unconditional. Others cost two evaluations in
@@ -294,9 +282,9 @@ class DDPM(nn.Module):
         time = torch.full((len(x),), level.time, device=x.device)
         null = torch.full_like(labels, self.config.num_classes)
         if diffusion.evaluations(level, guidance) == 1:
-            output = self(x, time, null if guidance == 0 else labels, unet)
+            output = self(x, time, null if guidance == 0 else labels)
         else:
-            both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([null, labels]), unet)
+            both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([null, labels]))
             output = torch.lerp(*both.chunk(2), guidance)
         return diffusion.clean_estimate(self.config.prediction, output, x, level.alpha, level.sigma).clamp(-1, 1)
 
@@ -341,7 +329,7 @@ class DDPM(nn.Module):
         noise = torch.randn(n, 1, 28, 28, generator=rng)
         step_seed = int(torch.randint(2**62, (), generator=rng))
         with evaluating(self) as device, autocast(device, precision):
-            labels, unet = labels.to(device), ReplayedNetwork(self.unet, device)
+            labels = labels.to(device)
 
             def denoise(x: Tensor, level: diffusion.Level) -> Tensor:
                 clean = torch.zeros_like(x)  # the samplers treat each image alone, so the other rows may be anything
@@ -349,7 +337,7 @@ class DDPM(nn.Module):
                 for images, classes, estimate in zip(*chunks):
                     if watch:
                         watch(images, level)
-                    estimate.copy_(self.denoise(images, level, classes, guidance, unet))
+                    estimate.copy_(self.denoise(images, level, classes, guidance))
                 return clean
 
             return draw(denoise, noise.to(device), grid, torch.Generator(device).manual_seed(step_seed), **renewed)[rows]

@@ -51,9 +51,8 @@ GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes"
 CGAN = [AS_IS, "class gains in fp32", NO_GRAPH, ALLOCATOR]
 DIFFUSION = [AS_IS, "channels last", "fused attention", ONE_PASS, *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
-CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (100, 500, 1000, 5000)}
-SMALL_NO_GRAPH = f"chunks of 100, {NO_GRAPH}"
-SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled", NO_GRAPH, SMALL_NO_GRAPH, ALLOCATOR]
+CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
+SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR]
 SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
 
 
@@ -90,8 +89,7 @@ def main() -> None:
 def possible(choices: list[str], device: torch.device) -> list[str]:
     """Those that mean something on the device."""
     sizes = {*CHUNKS["cpu"], *CHUNKS["cuda"]} - {*CHUNKS[device.type]}
-    elsewhere = {ALLOCATOR} if device.type == "cuda" else {NO_GRAPH, SMALL_NO_GRAPH}
-    elsewhere |= {f"chunks of {n}" for n in sizes}
+    elsewhere = {ALLOCATOR if device.type == "cuda" else NO_GRAPH, *(f"chunks of {n}" for n in sizes)}
     return [choice for choice in choices if choice not in elsewhere]
 
 
@@ -161,10 +159,10 @@ def steps(args, digits: data.Digits, step: Callable, state: TrainState, averaged
 def sampling_loop(_args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
     """One evaluation of many images, in chunks, each time the iterator is advanced."""
     kind = digits.images.device.type
-    chunk = int(choice.split()[2].rstrip(",")) if choice.startswith("chunks") else CHUNK_SIZE[kind]
+    chunk = int(choice.removeprefix("chunks of ")) if choice.startswith("chunks") else CHUNK_SIZE[kind]
     network = our_network(digits.images.device)
     change_network(network, choice)
-    evaluations = evaluation_loop(network, digits.images.device, precision, chunk, replay=NO_GRAPH not in choice)
+    evaluations = evaluation_loop(network, digits.images.device, precision, chunk)
     while True:
         for _ in range(SAMPLED[kind] // chunk):
             next(evaluations)
@@ -186,7 +184,7 @@ TABLES = {
 def change_network(network: nn.Module, choice: str) -> None:
     """Undo a choice that is one of the network's."""
     if choice == "compiled":
-        getattr(network, "unet", network).compile()  # of the diffusion model what its trainer compiles
+        network.compile()
     elif choice == "channels last":
         network.to(memory_format=torch.channels_last)
     elif choice == "contiguous":

@@ -30,7 +30,6 @@ import denoising
 import flags
 import train_diffusion
 from callbacks import EMA
-from graphs import ReplayedNetwork
 from models import CHUNK_SIZE, build
 from training import TrainState
 from utils import ask_for_huge_pages, autocast, choose_device, run_script
@@ -41,6 +40,7 @@ OURS = {  # flags of the trainer
     "ours without stable targets": ["--stable-targets", "0"],
     "ours with Adam alone, without stable targets": ["--stable-targets", "0", "--muon-lr", "0"],
 }
+CHUNK = CHUNK_SIZE["cpu"]  # images in an evaluation
 
 
 def main() -> None:
@@ -60,9 +60,9 @@ def main() -> None:
         loops[f"diffusers, {precision}{LIKE_OURS}"] = their_loop(args, digits, precision)
         loops |= {f"{name}, {precision}": our_loop(args, digits, precision, given) for name, given in OURS.items()}
     timed |= measure(args, loops)
-    sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK_SIZE[device.type]})
+    sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK})
     evaluations = {
-        f"{name}, {precision}": evaluation_loop(network(device), device, precision, replay=name == "ours")
+        f"{name}, {precision}": evaluation_loop(network(device), device, precision)
         for precision in precisions(device)
         for name, network in (("diffusers", their_network), ("ours", our_network))
     }
@@ -143,19 +143,14 @@ def our_loop(args, digits, precision: str, given: Sequence[str] = ()):
         yield
 
 
-def evaluation_loop(network, device, precision: str, n: int | None = None, replay: bool = True):
-    """One evaluation of a network, of n images (by default our sampler's chunk), each time the iterator is advanced.
-
-    With `replay` it is one of ours, as the sampler does it: on a GPU by a CUDA graph.
-    """
-    n = n or CHUNK_SIZE[device.type]
+def evaluation_loop(network, device, precision: str, n: int = CHUNK):
+    """One evaluation of the network, of n images, each time the iterator is advanced."""
     x, time = torch.randn(n, 1, 28, 28, device=device), torch.full((n,), 500, device=device)
     labels = torch.arange(n, device=device) % data.NUM_CLASSES
     network.eval()
-    how = {"unet": ReplayedNetwork(network.unet, device)} if replay else {}
     while True:
         with torch.no_grad(), autocast(device, precision):
-            network(x, time, labels, **how)
+            network(x, time, labels)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Training steps and sampling replayed from CUDA graphs. Where there is no GPU, all but one of these are skipped."""
+"""Training steps replayed from CUDA graphs. Where there is no GPU, all but one of these are skipped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ import train_gan
 from adversarial import assemble as assemble_gan
 from data import Digits
 from denoising import assemble as assemble_ddpm
-from graphs import ORDINARY_CALLS, ReplayedNetwork
-from models import build
+from graphs import ORDINARY_CALLS
 from training import TrainState
-from utils import autocast, keyed_generator
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
 CALLS = ORDINARY_CALLS + 6
@@ -116,42 +114,3 @@ def test_a_bad_number_does_not_get_through_a_replayed_step(kind):
     for old, network in zip(before[-1:], networks[-1:]):
         for key, value in network.state_dict().items():
             assert torch.equal(value, old[key]), key
-
-
-def awakened(network: torch.nn.Module) -> torch.nn.Module:
-    """The network without the zeros that its blocks begin with, so that every layer shows."""
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    return network
-
-
-@needs_gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("options", [{}, {"guidance": 2.0}, {"sampler": "ddpm", "steps": 20}, {"sampler": "ddim"}], ids=str)
-def test_replayed_sampling_is_the_ordinary_one(options, precision, monkeypatch):
-    network = awakened(build("ddpm", width=8)).to("cuda")
-    labels = torch.arange(20) % 10 if "guidance" in options else None
-
-    def sample():
-        options_ = {**options, "precision": precision, "chunk_size": 8}  # chunks of 8, 8 and 4
-        return network.sample(20, labels, keyed_generator("cpu", 1), **options_)
-
-    replayed = sample()
-    monkeypatch.setattr("graphs.ORDINARY_CALLS", 1_000_000)
-    assert torch.allclose(replayed, sample(), atol=1e-4 if precision == "fp32" else 2e-2)
-    assert replayed.std() > 0.1
-
-
-@needs_gpu
-def test_a_replayed_network_outlives_the_autocast_that_it_was_recorded_in():
-    network, device = awakened(build("ddpm", width=8)).to("cuda"), torch.device("cuda")
-    replayed = ReplayedNetwork(network, device)
-    labels = torch.arange(16, device=device) % 10
-    for call in range(2 * CALLS):
-        x, time = torch.randn(16, 1, 28, 28, device=device), torch.full((16,), 50 * call, device=device)
-        with torch.no_grad(), autocast(device, "bf16"):
-            ours = replayed(x, time, labels)
-        torch.full((3_000_000,), torch.nan, device=device)  # lies where freed weights lay
-        with torch.no_grad(), autocast(device, "bf16"):
-            assert torch.allclose(ours, network(x, time, labels), atol=2e-2), call
-    assert replayed._recordings

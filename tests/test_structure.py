@@ -26,7 +26,7 @@ ROOMS = {
     "graphs": {"distributed"},
     "muon": set(),
     "classifier": {"interface"},
-    "models": {"classifier", "diffusion", "graphs", "interface", "unet", "utils"},
+    "models": {"classifier", "diffusion", "interface", "unet", "utils"},
     "checkpoint": {"models", "utils"},
     "evaluation": {"checkpoint", "data", "distributed", "metrics", "utils"},
     "inception": {"checkpoint", "utils"},
