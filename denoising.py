@@ -18,6 +18,7 @@ from guard import Guard
 from models import DDPM, build
 from muon import Muon
 from training import TrainState
+from unet import MOST_ON_GPU
 from utils import UsageError, ask_for_huge_pages, autocast, reseeded
 
 DRY_RUN_STEPS = 5  # evaluations in a dry run's sampling
@@ -74,13 +75,15 @@ class DiffusionStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         reseeded(self.rng, self.seed, "diffusion", self.state.step)
-        return self.replayed(images, labels)
+        # Not replayed, because of the stable targets: see benchmarks/README.md
+        how = (self.label_dropout, self.time_power, self.expected)
+        return self.replayed(*self.model.examples(images, labels, self.rng, *how))
 
-    def update(self, images: Tensor, labels: Tensor, _variant: None) -> dict[str, Tensor]:
-        """The update, with the random numbers that `rng` draws next."""
-        rows = distributed.share(len(images))
-        with autocast(images.device, self.precision):
-            loss = self.model.loss(images, labels, self.rng, self.label_dropout, self.time_power, self.expected, rows)
+    def update(self, x: Tensor, time: Tensor, labels: Tensor, target: Tensor, _variant: None) -> dict[str, Tensor]:
+        """The update for the examples of a batch, of which this process takes its share."""
+        rows = distributed.share(len(x))
+        with autocast(x.device, self.precision):
+            loss = self.model.loss(x[rows], time[rows], labels[rows], target[rows])
         return {"loss": self.guard.update(loss, *self.optimizers.values(), clip=self.grad_clip)}
 
 
@@ -112,8 +115,11 @@ def assemble(
     """The model, optimizers and update that the trainer's flags describe, on the device of its training digits.
 
     Raises:
-        ValueError: the model cannot be built so.
+        ValueError: the model cannot be built so, or a GPU cannot train it with such batches.
     """
+    rows = distributed.share(args.batch_size)
+    if digits.images.is_cuda and rows.stop - rows.start > MOST_ON_GPU:
+        raise ValueError(f"--batch-size {args.batch_size} is more than {MOST_ON_GPU} for a GPU")
     model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     model.to(digits.images.device)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, precision)

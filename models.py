@@ -240,7 +240,7 @@ class DDPM(nn.Module):
         """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes."""
         return self.unet(x, time * (1000 / self.config.timesteps), labels)
 
-    def loss(
+    def examples(
         self,
         images: Tensor,
         labels: Tensor,
@@ -248,16 +248,14 @@ class DDPM(nn.Module):
         label_dropout: float = 0.0,
         time_power: float = 1.0,
         expected: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
-        rows: slice = slice(None),
-    ) -> Tensor:
-        """Mean squared error of the prediction, scalar, for images [B, 1, 28, 28] in [-1, 1] and labels [B].
+    ) -> tuple[Tensor, ...]:
+        """Of images [B, 1, 28, 28] in [-1, 1] and labels [B], what `loss` takes: x_t, times, labels or null, the targets.
 
         Args:
             rng: generator on the images' device, of times, noise and dropped labels.
             label_dropout: the share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1).
             time_power: how the times are distributed, see `diffusion.stratified_times`.
             expected: (x_t, x0, labels or null, alpha, sigma) -> the x0 to aim at instead, see denoising.StableTargets.
-            rows: of the batch, those that count; the randomness of the others is drawn all the same.
         """
         time = diffusion.stratified_times(len(images), self.config.timesteps, rng, time_power)  # [B]
         alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
@@ -269,15 +267,17 @@ class DDPM(nn.Module):
         if expected:
             mean = expected(x, images, labels, alpha, sigma)
             images, eps = mean, eps + alpha / sigma * (images - mean)  # that mix to the same x
-        target = diffusion.target(self.config.prediction, images, eps, alpha, sigma)
-        return F.mse_loss(self(x[rows], time[rows], labels[rows]), target[rows])
+        return x, time, labels, diffusion.target(self.config.prediction, images, eps, alpha, sigma)
+
+    def loss(self, x: Tensor, time: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error of the prediction for such examples, scalar (Ho et al. 2020, eq. 14)."""
+        return F.mse_loss(self(x, time, labels), target)
 
     def denoise(self, x: Tensor, level: diffusion.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
 
-        Guidance w combines the predictions for the labels, c, and for the null class, u, as u + w (c - u) (Ho & Salimans
-        2022, eq. 6, whose w is ours minus 1): 1 is plain conditional, 0 unconditional. Others cost two evaluations in
-        diffusion.GUIDANCE_RANGE, and are plain conditional outside of it.
+        Guidance w gives u + w (c - u), from the predictions c for the labels and u for the null class (Ho & Salimans 2022,
+        eq. 6, whose w is ours minus 1): 0 is u, 1 is c. Any other costs both in diffusion.GUIDANCE_RANGE, and is c outside.
         """
         time = torch.full((len(x),), level.time, device=x.device)
         null = torch.full_like(labels, self.config.num_classes)

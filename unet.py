@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from utils import autocast
 
 GROUPS = 8  # of every GroupNorm, so widths are multiples of it
+MOST_ON_GPU = 65_535 // GROUPS  # images of which a GPU takes the gradient at once: see AdaptiveGroupNorm
 HEAD_CHANNELS = 64  # of an attention head, or the largest divisor of it that divides the channels
 
 
@@ -102,7 +103,7 @@ class AdaptiveGroupNorm(nn.GroupNorm):
     """norm(x) (1 + scale) + shift: x [B, C, H, W], scale and shift [B, C] (Dhariwal & Nichol 2021, section 3).
 
     As the groups of one image with B C channels, the images can have gains and biases of their own, and the normalisation
-    applies all of it while it reads x once.
+    applies all of it while it reads x once. On a GPU, PyTorch takes the gradient of at most 65,535 groups of an image.
     """
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -67,24 +67,39 @@ def run_script(main: Callable[[], None]) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
     try:
+        code = _exit_code(main)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # A thread of gloo's may still hold a tensor; to let go of it, it asks for an interpreter that is gone, and aborts
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(main: Callable[[], None]) -> int:
+    """Run `main`; the code to leave with, after a line that says why, where it is not 0."""
+    try:
         main()
     except ExpectedError as error:
-        sys.exit(_error_line(error))
+        return _error_line(error)
     except OSError as error:  # a full disk, a missing permission: the message names the file
-        sys.exit(_error_line(error))
+        return _error_line(error)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
-        sys.exit(_error_line(ExpectedError("out of memory; lower --batch-size, --width or the number of samples")))
+        return _error_line(ExpectedError("out of memory; lower --batch-size, --width or the number of samples"))
     except Interrupted as stop:
         if is_first():
             print(f"stopped by signal {stop.signum}. {stop.hint or AGAIN}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
+        return 128 + stop.signum
     except KeyboardInterrupt:
         print(f"stopped by signal {signal.SIGINT.value}. {AGAIN}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+        return 130
+    return 0
 
 
 def _interrupt(signum: int, _frame: object) -> None:

@@ -40,7 +40,6 @@ OURS = {  # flags of the trainer
     "ours without stable targets": ["--stable-targets", "0"],
     "ours with Adam alone, without stable targets": ["--stable-targets", "0", "--muon-lr", "0"],
 }
-CHUNK = CHUNK_SIZE["cpu"]  # images in an evaluation
 
 
 def main() -> None:
@@ -60,7 +59,7 @@ def main() -> None:
         loops[f"diffusers, {precision}{LIKE_OURS}"] = their_loop(args, digits, precision)
         loops |= {f"{name}, {precision}": our_loop(args, digits, precision, given) for name, given in OURS.items()}
     timed |= measure(args, loops)
-    sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK})
+    sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK_SIZE[device.type]})
     evaluations = {
         f"{name}, {precision}": evaluation_loop(network(device), device, precision)
         for precision in precisions(device)
@@ -143,8 +142,9 @@ def our_loop(args, digits, precision: str, given: Sequence[str] = ()):
         yield
 
 
-def evaluation_loop(network, device, precision: str, n: int = CHUNK):
-    """One evaluation of the network, of n images, each time the iterator is advanced."""
+def evaluation_loop(network, device, precision: str, n: int | None = None):
+    """One evaluation of the network, of n images (by default our sampler's chunk), each time the iterator is advanced."""
+    n = n or CHUNK_SIZE[device.type]
     x, time = torch.randn(n, 1, 28, 28, device=device), torch.full((n,), 500, device=device)
     labels = torch.arange(n, device=device) % data.NUM_CLASSES
     network.eval()

@@ -37,6 +37,7 @@ def main() -> None:
     flag("--model", default=str(ROOT / "checkpoints" / "best_GAN_G.pt"), help="the generator to score")
     flag("--n", type=flags.sample_count, default=10_000, help="samples in a scoring")
     flag("--repeats", type=flags.positive_int, default=3, help="timed repeats")
+    flag("--only", nargs="+", default=[""], metavar="TEXT", help="the lines that contain one of these (default: all)")
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     args = parser.parse_args()
@@ -56,10 +57,11 @@ def main() -> None:
     report = {
         "read MNIST's 60,000 training digits": lambda: data.load_digits("mnist", "train", data_dir),
         **{
-            f"{digits:,} diffusion digits, 15 evaluations, {precision}": functools.partial(
-                diffusion_model.sample, digits, steps=15, precision=precision
+            f"{n:,} diffusion digits, 15 evaluations, {precision}": functools.partial(
+                diffusion_model.sample, n, steps=15, precision=precision
             )
             for precision in precisions(device)
+            for n in (64, digits)
         },
         "a scoring of the monitor: sample, FID, IS": lambda: scorer(generator),
         "  of that: sample": lambda: generator.sample(args.n, rng=keyed_generator("cpu", 0)),
@@ -70,8 +72,9 @@ def main() -> None:
         "  of that: nearest training digits": lambda: metrics.nearest_neighbours(images, train.images),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        for name, work in (scripts(scratch, data_dir) | report).items():
-            print(f"{name:50s} {median_seconds(work, args.repeats, device):7.2f} s", flush=True)
+        works = scripts(scratch, data_dir) | report
+        for name in [name for name in works if any(text in name for text in args.only)]:
+            print(f"{name:50s} {median_seconds(works[name], args.repeats, device):7.2f} s", flush=True)
 
 
 def scripts(scratch: str, data_dir: str | Path) -> dict[str, Callable[[], object]]:

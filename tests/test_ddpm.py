@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
 from test_models import small
 
 import diffusion
+import train_diffusion
 from data import Digits, to_model_range
-from denoising import DiffusionStep, StableTargets, make_optimizers
+from denoising import DiffusionStep, StableTargets, assemble, make_optimizers
 from models import DEFAULT_ETA, DEFAULT_STEPS, DIGIT_ETA, build
 from training import TrainState
 from unet import UNet
@@ -29,14 +31,14 @@ def draw(network, n: int = 4, labels=None, seed: int = 0, **options) -> torch.Te
 
 
 class Oracle(torch.nn.Module):
-    """Knows the clean images, so it can give the perfect prediction; and remembers the labels that it is shown."""
+    """Knows the clean images, so it can give the perfect prediction."""
 
     def __init__(self, network, images):
         super().__init__()
-        self.network, self.images, self.labels = network, images, None
+        self.network, self.images = network, images
 
     def forward(self, x, time, labels):
-        self.labels, config = labels, self.network.config
+        config = self.network.config
         time = (time * config.timesteps / 1000).round().long()
         alpha, sigma = (values[time][:, None, None, None] for values in (self.network.alpha, self.network.sigma))
         eps = (x - alpha * self.images) / sigma
@@ -50,24 +52,22 @@ def test_the_loss_of_a_perfect_prediction_is_zero_and_of_none_is_one(prediction,
     network = build("ddpm", width=8, prediction=prediction, schedule=schedule, timesteps=timesteps)
     images, labels = torch.randn(64, 1, 28, 28), torch.arange(64) % 10  # of variance 1, as the noise
     rng = torch.Generator().manual_seed(0)
-    assert network.loss(images, labels, rng, 0.1).item() == pytest.approx(1, abs=0.03)  # it predicts zero
+    assert network.loss(*network.examples(images, labels, rng, 0.1)).item() == pytest.approx(1, abs=0.03)  # it predicts zero
     network.unet = Oracle(network, images)
-    assert float(network.loss(images, labels, rng, 0.1)) < 1e-4
+    assert float(network.loss(*network.examples(images, labels, rng, 0.1))) < 1e-4
 
 
 def test_the_share_of_hidden_labels():
     images, labels = torch.zeros(5000, 1, 28, 28), torch.arange(5000) % 10
     network = build("ddpm", width=8)
-    network.unet = Oracle(network, images)
     for share in (0.0, 0.1, 0.5):
-        network.loss(images, labels, torch.Generator().manual_seed(0), share)
-        hidden = network.unet.labels == 10
+        _, _, shown, _ = network.examples(images, labels, torch.Generator().manual_seed(0), share)
+        hidden = shown == 10
         assert hidden.float().mean() == pytest.approx(share, abs=0.02)
-        assert torch.equal(network.unet.labels[~hidden], labels[~hidden])
+        assert torch.equal(shown[~hidden], labels[~hidden])
     unconditional = build("ddpm", width=8, num_classes=0)
-    unconditional.unet = Oracle(unconditional, images)
-    unconditional.loss(images, labels, torch.Generator().manual_seed(0), 0.1)
-    assert not unconditional.unet.labels.any()  # its only class is the null class
+    _, _, shown, _ = unconditional.examples(images, labels, torch.Generator().manual_seed(0), 0.1)
+    assert not shown.any()  # its only class is the null class
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -277,9 +277,8 @@ def test_stable_targets_keep_the_gradient_and_quieten_it(prediction):
     images, labels = to_model_range(digits.images).repeat(8, 1, 1, 1), digits.labels.repeat(8)
 
     def gradients(expected):
-        losses = (
-            network.loss(images, labels, torch.Generator().manual_seed(seed), 0.5, 0.1, expected) for seed in range(30)
-        )
+        seeds = (torch.Generator().manual_seed(seed) for seed in range(30))
+        losses = (network.loss(*network.examples(images, labels, rng, 0.5, 0.1, expected)) for rng in seeds)
         return torch.cat([torch.autograd.grad(loss, network.unet.head.weight)[0].flatten(1) for loss in losses])
 
     plain, stable = gradients(None), gradients(StableTargets(digits, 0.99))
@@ -290,6 +289,12 @@ def test_stable_targets_keep_the_gradient_and_quieten_it(prediction):
 
 # --------------------------------------------------------------------------------------------------------------------
 # The training step
+
+
+def test_a_gpu_refuses_a_batch_that_it_cannot_normalise():
+    digits = types.SimpleNamespace(images=types.SimpleNamespace(is_cuda=True))
+    with pytest.raises(ValueError, match="8192 is more than 8191"):
+        assemble(train_diffusion.parse_args(["--batch-size", "8192"]), TrainState(), digits, "fp32")
 
 
 def make_step(network, grad_clip: float = 1.0, precision: str = "fp32", lr: float = 1e-3) -> DiffusionStep:

@@ -30,11 +30,11 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def make_step(kind: str, device: str, precision: str = "fp32"):
-    """(networks, step, images, labels) of a training with small networks."""
+def make_step(kind: str, device: str, precision: str = "fp32", digits: int = 64):
+    """(networks, step, images, labels) of a training with small networks, of 64 of so many digits."""
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8).to(device)
-    labels = (torch.arange(64) % 10).to(device)
+    images = torch.randint(0, 256, (digits, 1, 28, 28), dtype=torch.uint8).to(device)
+    labels = (torch.arange(digits) % 10).to(device)
     state, device = TrainState(), images.device
     if kind.startswith("ddpm"):
         args = train_diffusion.parse_args(["--width", "8", *(["--muon-lr", "0"] if "adam" in kind else [])])
@@ -46,7 +46,7 @@ def make_step(kind: str, device: str, precision: str = "fp32"):
         args = trainer.parse_args(["--width", "8", "--loss", loss])
         named, _, step = assemble_gan(args, state, device, precision, name, 10 if name == "cdcgan" else 0)
         networks = list(named.values())
-    return networks, step, images.float() / 127.5 - 1, labels
+    return networks, step, images[:64].float() / 127.5 - 1, labels[:64]
 
 
 def take(step, images, labels, calls: int = CALLS) -> list[dict[str, float]]:
@@ -101,6 +101,21 @@ def test_a_replayed_step_draws_new_noise_and_heeds_the_learning_rate(kind):
     for old, network in zip(before, networks):
         for key, value in network.named_parameters():
             assert torch.equal(value, old[key]), key
+
+
+@needs_gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replayed_step_outlives_an_emptied_cache(kind):
+    """And with it other recordings, which empty it."""
+    losses = []
+    for recorded in (True, False):
+        _, step, images, labels = make_step(kind, "cuda", digits=60_000)
+        step.replayed.active = recorded
+        losses.append(take(step, images, labels, 3 * CALLS))
+        torch.cuda.empty_cache()
+        losses[-1] += take(step, images, labels)
+    for ours, theirs in zip(*losses):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-3)
 
 
 @needs_gpu

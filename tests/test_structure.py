@@ -45,6 +45,7 @@ ROOMS = {
         "models",
         "muon",
         "training",
+        "unet",
         "utils",
     },
 }
