@@ -6,7 +6,7 @@ Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedd
 DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` as train_diffusion.py assembles it,
 with its EMA; without stable targets, which are work that theirs has none of; and without Muon, as theirs. Both get the same
 tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of as many images as our
-sampler gives it. First theirs runs as it comes, in a process of its own, then all in turn. Needs requirements-dev.txt.
+sampler gives it. Theirs also runs as it comes, in a process of its own; all in turn. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import Timed, add_timing_flags, apart, measure, precisions, report, size_of
+from timing import LIKE_OURS, add_timing_flags, loop_apart, measure, precisions, report, size_of
 from torch.nn import functional as F
 
 import data
@@ -34,7 +34,6 @@ from models import CHUNK_SIZE, build
 from training import TrainState
 from utils import ask_for_huge_pages, autocast, choose_device, run_script
 
-LIKE_OURS = ", our allocator settings"
 OURS = {  # flags of the trainer
     "ours": [],
     "ours without stable targets": ["--stable-targets", "0"],
@@ -52,13 +51,12 @@ def main() -> None:
 
     ask_for_huge_pages()
     device = choose_device(args.device)
-    timed = {"diffusers, fp32": apart(time_theirs, args)} if device.type == "cpu" else {}
     digits = data.load_digits("mnist", "train", args.data_dir, device)
-    loops = {}
+    loops = {"diffusers, fp32": loop_apart(their_loop, args, digits, "fp32")} if device.type == "cpu" else {}
     for precision in precisions(device):
         loops[f"diffusers, {precision}{LIKE_OURS}"] = their_loop(args, digits, precision)
         loops |= {f"{name}, {precision}": our_loop(args, digits, precision, given) for name, given in OURS.items()}
-    timed |= measure(args, loops)
+    timed = measure(args, loops)
     sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK_SIZE[device.type]})
     evaluations = {
         f"{name}, {precision}": evaluation_loop(network(device), device, precision)
@@ -76,11 +74,6 @@ def main() -> None:
         ratios = ", ".join(f"{name} {timed[f'{name}, {precision}'].rate / theirs:.2f}" for name in OURS)
         print(f"to diffusers with our allocator settings, {precision}: {ratios}")
     report(sampling, device, evaluated, "one evaluation in sampling")
-
-
-def time_theirs(args) -> Timed:
-    digits = data.load_digits("mnist", "train", args.data_dir)
-    return measure(args, {"": their_loop(args, digits, "fp32")})[""]
 
 
 def batches(args, digits):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils import has_bf16
 
 Result = TypeVar("Result")
+LIKE_OURS = ", our allocator settings"  # in the name of a loop that also runs apart, without them
 
 
 def add_timing_flags(flag, positive_int) -> None:
@@ -46,7 +47,8 @@ class Timed(NamedTuple):
 def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
     """Each loop timed in each repeat, the loops in turn, after a repeat to warm up and to count its FLOPs.
 
-    A loop takes one training step each time it is advanced. Counted are its convolutions and matrix products.
+    A loop takes one training step each time it is advanced. Counted are its convolutions and matrix products; those of a
+    loop apart are taken from the one with our allocator settings.
     """
     rates: dict[str, list[float]] = {name: [] for name in loops}
     gflop = {}
@@ -54,6 +56,7 @@ def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
         with FlopCounterMode(display=False) as counter:
             next(loop)
         gflop[name] = counter.get_total_flops() / args.batch_size / 1e9
+    gflop = {name: counted or gflop[name + LIKE_OURS] for name, counted in gflop.items()}
     for repeat in range(args.repeats + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
@@ -64,6 +67,24 @@ def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
     return {name: Timed(rates[name], gflop[name]) for name in loops}
+
+
+def loop_apart(loop: Callable[..., Iterator[Result]], *args: object) -> Iterator[Result]:
+    """`loop(*args)` in a process of its own, as `apart` has it; a step there each time the iterator is advanced."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
+        process.submit(_begin, loop, *args).result()
+        while True:
+            yield process.submit(_step).result()
+
+
+def _begin(loop: Callable[..., Iterator], *args: object) -> None:
+    global _steps
+    _steps = loop(*args)
+
+
+def _step() -> object:
+    return next(_steps)
 
 
 def apart(work: Callable[..., Result], *args: object) -> Result:
