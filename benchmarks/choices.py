@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from diffusion_step import batches, evaluation_loop, our_network
-from timing import Timed, add_timing_flags, apart, measure, precisions, report
+from timing import Loop, Timed, add_timing_flags, apart, measure, precisions, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import loader
@@ -100,7 +100,7 @@ def time_loops(args, what: str, precision: str, choices: list[str]) -> dict[str,
         ask_for_huge_pages()
     device = choose_device(args.device) if ours else torch.device("cpu")
     digits = data.load_digits("mnist", "train", args.data_dir, device)
-    loops = {f"{choice}, {precision}": TABLES[what][0](args, digits, precision, choice) for choice in choices}
+    loops = {f"{choice}, {precision}": Loop(TABLES[what][0](args, digits, precision, choice)) for choice in choices}
     return measure(sized(args, what, device), loops)
 
 

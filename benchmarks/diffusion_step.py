@@ -6,7 +6,8 @@ Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedd
 DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` as train_diffusion.py assembles it,
 with its EMA; without stable targets, which are work that theirs has none of; and without Muon, as theirs. Both get the same
 tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of as many images as our
-sampler gives it. Theirs also runs as it comes, in a process of its own; all in turn. Needs requirements-dev.txt.
+sampler gives it. The training loops run in turn, each in a process of its own, theirs also as it comes, without our allocator
+settings; then the evaluations, in turn in one process. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
 """
@@ -22,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import LIKE_OURS, add_timing_flags, loop_apart, measure, precisions, report, size_of
+from timing import LIKE_OURS, Loop, LoopApart, add_timing_flags, measure, precisions, report, size_of
 from torch.nn import functional as F
 
 import data
@@ -49,17 +50,16 @@ def main() -> None:
     args = parser.parse_args()
     args.data_dir = args.data_dir or data.default_data_dir()
 
-    ask_for_huge_pages()
-    device = choose_device(args.device)
-    digits = data.load_digits("mnist", "train", args.data_dir, device)
-    loops = {"diffusers, fp32": loop_apart(their_loop, args, digits, "fp32")} if device.type == "cpu" else {}
+    device = our_settings(args)
+    loops = {"diffusers, fp32": LoopApart(on_digits, their_loop, args, device, "fp32")} if device.type == "cpu" else {}
     for precision in precisions(device):
-        loops[f"diffusers, {precision}{LIKE_OURS}"] = their_loop(args, digits, precision)
-        loops |= {f"{name}, {precision}": our_loop(args, digits, precision, given) for name, given in OURS.items()}
+        loops[f"diffusers, {precision}{LIKE_OURS}"] = LoopApart(with_our_settings, their_loop, args, precision)
+        for name, given in OURS.items():
+            loops[f"{name}, {precision}"] = LoopApart(with_our_settings, our_loop, args, precision, given)
     timed = measure(args, loops)
     sampling = argparse.Namespace(**vars(args) | {"batch_size": CHUNK_SIZE[device.type]})
     evaluations = {
-        f"{name}, {precision}": evaluation_loop(network(device), device, precision)
+        f"{name}, {precision}": Loop(evaluation_loop(network(device), device, precision))
         for precision in precisions(device)
         for name, network in (("diffusers", their_network), ("ours", our_network))
     }
@@ -74,6 +74,20 @@ def main() -> None:
         ratios = ", ".join(f"{name} {timed[f'{name}, {precision}'].rate / theirs:.2f}" for name in OURS)
         print(f"to diffusers with our allocator settings, {precision}: {ratios}")
     report(sampling, device, evaluated, "one evaluation in sampling")
+
+
+def our_settings(args) -> torch.device:
+    """Make the trainer's allocator settings."""
+    ask_for_huge_pages()
+    return choose_device(args.device)
+
+
+def with_our_settings(loop, args, *others):
+    return on_digits(loop, args, our_settings(args), *others)
+
+
+def on_digits(loop, args, device, *others):
+    return loop(args, data.load_digits("mnist", "train", args.data_dir, device), *others)
 
 
 def batches(args, digits):

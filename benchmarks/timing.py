@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from utils import has_bf16
 
 Result = TypeVar("Result")
-LIKE_OURS = ", our allocator settings"  # in the name of a loop that also runs apart, without them
+LIKE_OURS = ", our allocator settings"  # in the name of a loop that also runs without them
 
 
 def add_timing_flags(flag, positive_int) -> None:
@@ -44,47 +44,65 @@ class Timed(NamedTuple):
         return statistics.median(self.rates)
 
 
-def measure(args, loops: dict[str, Iterator]) -> dict[str, Timed]:
-    """Each loop timed in each repeat, the loops in turn, after a repeat to warm up and to count its FLOPs.
+class Loop:
+    """An iterator that takes one step each time it is advanced."""
 
-    A loop takes one training step each time it is advanced. Counted are its convolutions and matrix products; those of a
-    loop apart are taken from the one with our allocator settings.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in loops}
-    gflop = {}
-    for name, loop in loops.items():
+    def __init__(self, steps: Iterator):
+        self.steps = steps
+
+    def flops(self) -> int:
+        """Take a step; the FLOPs of its convolutions and matrix products."""
         with FlopCounterMode(display=False) as counter:
-            next(loop)
-        gflop[name] = counter.get_total_flops() / args.batch_size / 1e9
-    gflop = {name: counted or gflop[name + LIKE_OURS] for name, counted in gflop.items()}
-    for repeat in range(args.repeats + 1):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            for _ in range(args.steps):
-                next(loop)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
-    return {name: Timed(rates[name], gflop[name]) for name in loops}
+            next(self.steps)
+        return counter.get_total_flops()
+
+    def advance(self, steps: int) -> None:
+        """Take so many steps, to their end."""
+        for _ in range(steps):
+            next(self.steps)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
 
-def loop_apart(loop: Callable[..., Iterator[Result]], *args: object) -> Iterator[Result]:
-    """`loop(*args)` in a process of its own, as `apart` has it; a step there each time the iterator is advanced."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
-        process.submit(_begin, loop, *args).result()
-        while True:
-            yield process.submit(_step).result()
+class LoopApart(Loop):
+    """The loop `loop(*args)` in a process of its own, with the C library's allocator settings unless it makes others."""
+
+    def __init__(self, loop: Callable[..., Iterator], *args: object):
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
+        self.process.submit(_begin, loop, *args).result()
+
+    def flops(self) -> int:
+        return self.process.submit(_flops).result()
+
+    def advance(self, steps: int) -> None:
+        self.process.submit(_advance, steps).result()
 
 
 def _begin(loop: Callable[..., Iterator], *args: object) -> None:
-    global _steps
-    _steps = loop(*args)
+    global _loop
+    _loop = Loop(loop(*args))
 
 
-def _step() -> object:
-    return next(_steps)
+def _flops() -> int:
+    return _loop.flops()
+
+
+def _advance(steps: int) -> None:
+    _loop.advance(steps)
+
+
+def measure(args, loops: dict[str, Loop]) -> dict[str, Timed]:
+    """Each loop timed in each repeat, the loops in turn, after a repeat to warm up and to count its FLOPs."""
+    gflop = {name: loop.flops() / args.batch_size / 1e9 for name, loop in loops.items()}
+    rates: dict[str, list[float]] = {name: [] for name in loops}
+    for repeat in range(args.repeats + 1):
+        for name, loop in loops.items():
+            start = time.perf_counter()
+            loop.advance(args.steps)
+            if repeat:
+                rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
+    return {name: Timed(rates[name], gflop[name]) for name in loops}
 
 
 def apart(work: Callable[..., Result], *args: object) -> Result:

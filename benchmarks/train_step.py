@@ -2,8 +2,8 @@
 
 The plain loop: fp32, a DataLoader with ToTensor and Normalize, separate backward passes with all gradients, ordinary
 Adam, `.item()` in every step, no EMA. Ours: `GANStep` on the tensor-resident data, the fused optimizer and the EMA.
-In turn run the plain loop as it comes, in a process of its own, the plain loop with our allocator settings, and ours in both
-precisions. Reported are images/s (median of the repeats) and the ratio to the first line.
+In turn, each in a process of its own: the plain loop as it comes, the plain loop with our allocator settings, and ours in
+both precisions. Reported are images/s (median of the repeats) and the ratio to the first line.
 
     python benchmarks/train_step.py
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import LIKE_OURS, add_timing_flags, loop_apart, measure, precisions, report
+from timing import LIKE_OURS, LoopApart, add_timing_flags, measure, precisions, report
 from torch import nn
 
 import data
@@ -50,10 +50,16 @@ def main() -> None:
     device = choose_device(args.device)
     data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
     theirs = "plain loop, fp32"
-    loops = {theirs: loop_apart(plain_loop, args, device)} if device.type == "cpu" else {}
-    loops |= {theirs + LIKE_OURS: plain_loop(args, device)}
-    loops |= {f"ours, {precision}, EMA": our_loop(args, device, precision) for precision in precisions(device)}
+    loops = {theirs: LoopApart(plain_loop, args, device)} if device.type == "cpu" else {}
+    loops |= {theirs + LIKE_OURS: LoopApart(with_our_settings, plain_loop, args)}
+    for precision in precisions(device):
+        loops[f"ours, {precision}, EMA"] = LoopApart(with_our_settings, our_loop, args, precision)
     report(args, device, measure(args, loops), f"width {args.width}, {args.loss}")
+
+
+def with_our_settings(loop, args, *others):
+    """The loop with the allocator settings that `choose_device` makes."""
+    return loop(args, choose_device(args.device), *others)
 
 
 def plain_loop(args, device):
