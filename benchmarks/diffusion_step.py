@@ -6,8 +6,8 @@ Both networks have 28x28, 14x14 and 7x7 pixels, attention at 7x7, a class embedd
 DDPMScheduler, mean squared error, gradient clip, AdamW, EMAModel. Ours: `DiffusionStep` as train_diffusion.py assembles it,
 with its EMA; without stable targets, which are work that theirs has none of; and without Muon, as theirs. Both get the same
 tensor-resident batches. An evaluation in sampling is one of the network alone, without gradients, of as many images as our
-sampler gives it. The training loops run in turn, each in a process of its own, theirs also as it comes, without our allocator
-settings; then the evaluations, in turn in one process. Needs requirements-dev.txt.
+sampler gives it. The training loops run in turn, each in a process of its own, theirs also as it comes, without our
+allocator settings; then the evaluations, in turn in one process. Needs requirements-dev.txt.
 
     python benchmarks/diffusion_step.py
 """
