@@ -63,6 +63,9 @@ class Loop:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
 
+    def close(self) -> None:
+        """It is not needed any more."""
+
 
 class LoopApart(Loop):
     """The loop `loop(*args)` in a process of its own, with the C library's allocator settings unless it makes others."""
@@ -77,6 +80,9 @@ class LoopApart(Loop):
 
     def advance(self, steps: int) -> None:
         self.process.submit(_advance, steps).result()
+
+    def close(self) -> None:
+        self.process.shutdown()
 
 
 def _begin(loop: Callable[..., Iterator], *args: object) -> None:
@@ -102,6 +108,8 @@ def measure(args, loops: dict[str, Loop]) -> dict[str, Timed]:
             loop.advance(args.steps)
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
+    for loop in loops.values():
+        loop.close()
     return {name: Timed(rates[name], gflop[name]) for name in loops}
 
 
