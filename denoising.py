@@ -119,7 +119,7 @@ def assemble(
     """
     rows = distributed.share(args.batch_size)
     if digits.images.is_cuda and rows.stop - rows.start > MOST_ON_GPU:
-        raise ValueError(f"--batch-size {args.batch_size} is more than {MOST_ON_GPU} for a GPU")
+        raise ValueError(f"--batch-size {args.batch_size} is more than {MOST_ON_GPU} images for each GPU")
     model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
     model.to(digits.images.device)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, precision)

@@ -249,7 +249,7 @@ class DDPM(nn.Module):
         time_power: float = 1.0,
         expected: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """Of images [B, 1, 28, 28] in [-1, 1] and labels [B], what `loss` takes: x_t, times, labels or null, the targets.
+        """What `loss` takes, (x_t, times [B], labels or null [B], targets), of images [B, 1, 28, 28] in [-1, 1], labels [B].
 
         Args:
             rng: generator on the images' device, of times, noise and dropped labels.

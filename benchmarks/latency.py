@@ -28,7 +28,7 @@ import flags
 import metrics
 from checkpoint import load_generator
 from evaluation import Extractor, RealDigits, Scorer, load_reference
-from utils import choose_device, keyed_generator, run_script
+from utils import UsageError, choose_device, keyed_generator, run_script
 
 
 def main() -> None:
@@ -73,7 +73,10 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as scratch:
         works = scripts(scratch, data_dir) | report
-        for name in [name for name in works if any(text in name for text in args.only)]:
+        names = [name for name in works if any(text in name for text in args.only)]
+        if not names:
+            raise UsageError(f"--only {' '.join(args.only)}: no line contains that")
+        for name in names:
             print(f"{name:50s} {median_seconds(works[name], args.repeats, device):7.2f} s", flush=True)
 
 

@@ -71,8 +71,7 @@ class LoopApart(Loop):
     """The loop `loop(*args)` in a process of its own, with the C library's allocator settings unless it makes others."""
 
     def __init__(self, loop: Callable[..., Iterator], *args: object):
-        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
+        self.process = _new_process()
         self.process.submit(_begin, loop, *args).result()
 
     def flops(self) -> int:
@@ -115,9 +114,15 @@ def measure(args, loops: dict[str, Loop]) -> dict[str, Timed]:
 
 def apart(work: Callable[..., Result], *args: object) -> Result:
     """`work(*args)` in a process of its own, with the C library's allocator settings: ours, once made, stay."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
+    with _new_process() as process:
         return process.submit(work, *args).result()
+
+
+def _new_process() -> ProcessPoolExecutor:
+    """One that has none of our allocator settings."""
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
+    return process
 
 
 def _unset(variable: str) -> None:

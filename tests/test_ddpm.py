@@ -293,7 +293,7 @@ def test_stable_targets_keep_the_gradient_and_quieten_it(prediction):
 
 def test_a_gpu_refuses_a_batch_that_it_cannot_normalise():
     digits = types.SimpleNamespace(images=types.SimpleNamespace(is_cuda=True))
-    with pytest.raises(ValueError, match="8192 is more than 8191"):
+    with pytest.raises(ValueError, match="8192 is more than 8191 images for each GPU"):
         assemble(train_diffusion.parse_args(["--batch-size", "8192"]), TrainState(), digits, "fp32")
 
 
