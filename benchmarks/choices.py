@@ -1,8 +1,8 @@
 """What does each choice for speed give? Our GAN steps, our diffusion step and evaluations in sampling, as they are and with
 one choice undone at a time (of the conditional GAN, those that the other one has not).
 
-A ratio below 1 means that the choice pays. The loops of a table are timed in turn, in a process of their own. The
-allocator's settings cannot be taken back, so without them and with them each loop runs alone.
+A ratio below 1 means that the choice pays. Each changed loop is timed beside the one as it is, the two in turn, each in a
+process of its own, as in a training.
 
     python benchmarks/choices.py
     python benchmarks/choices.py --what diffusion --precisions bf16 --steps 10
@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import math
+import statistics
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from diffusion_step import batches, evaluation_loop, our_network
-from timing import Loop, Timed, add_timing_flags, apart, measure, precisions, report
+from timing import LoopApart, Timed, add_timing_flags, measure, precisions, report
 from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import loader
@@ -47,12 +48,12 @@ ALLOCATOR = "the C library's allocator settings"
 SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
 SHARED += [NO_GRAPH, ALLOCATOR]
 ONE_PASS = "scale and shift after the norm"
-GAN = [AS_IS, "contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
-CGAN = [AS_IS, "class gains in fp32", NO_GRAPH, ALLOCATOR]
-DIFFUSION = [AS_IS, "channels last", "fused attention", ONE_PASS, *SHARED]
+GAN = ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
+CGAN = ["class gains in fp32", NO_GRAPH, ALLOCATOR]
+DIFFUSION = ["channels last", "fused attention", ONE_PASS, *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
 CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
-SAMPLING = [AS_IS, "channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR]
+SAMPLING = ["channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR]
 SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     flag = parser.add_argument
     flag("--what", nargs="+", choices=TABLES, default=[*TABLES], help="the tables to make")
     flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
-    flag("--undo", nargs="+", choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING} - {AS_IS}),
+    flag("--undo", nargs="+", choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING}),
          help="these choices only (default: all)")  # fmt: skip
     add_timing_flags(flag, flags.positive_int)
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
@@ -74,16 +75,17 @@ def main() -> None:
     for what, precision in itertools.product(args.what, args.precisions or precisions(device)):
         choices = possible(TABLES[what][1], device)
         if args.undo is not None:
-            choices = [choice for choice in choices if choice in (AS_IS, *args.undo)]
-        if choices == [AS_IS]:
+            choices = [choice for choice in choices if choice in args.undo]
+        if not choices:
             print(f"{what}, {precision}: has none of these choices on {device}")
-        in_turn = [choice for choice in choices if choice != ALLOCATOR]
-        tables = {what: apart(time_loops, args, what, precision, in_turn)} if in_turn != [AS_IS] else {}
-        if ALLOCATOR in choices:
-            alone = [apart(time_loops, args, what, precision, [choice]) for choice in (AS_IS, ALLOCATOR)]
-            tables[f"{what} alone"] = alone[0] | alone[1]
-        for title, timed in tables.items():
-            report(sized(args, what, device), device, timed, f"{title}, {precision}")
+            continue
+        table = sized(args, what, device)
+        pairs = {choice: time_pair(table, what, precision, choice) for choice in choices}
+        as_it_is = Timed([rate for pair in pairs.values() for rate in pair[AS_IS].rates], pairs[choices[0]][AS_IS].gflop)
+        report(table, device, {f"{AS_IS}, {precision}": as_it_is}, f"{what}, {precision}")
+        for choice, pair in pairs.items():
+            ratios = [changed / kept for changed, kept in zip(pair[choice].rates, pair[AS_IS].rates)]
+            print(f"{choice:42s} x {statistics.median(ratios):.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 def possible(choices: list[str], device: torch.device) -> list[str]:
@@ -93,20 +95,24 @@ def possible(choices: list[str], device: torch.device) -> list[str]:
     return [choice for choice in choices if choice not in elsewhere]
 
 
-def time_loops(args, what: str, precision: str, choices: list[str]) -> dict[str, Timed]:
-    """Each of the choices, with the allocator settings of its trainer; with none of ours where that is the only choice."""
-    ours = choices != [ALLOCATOR]
+def sized(args, what: str, device: torch.device) -> argparse.Namespace:
+    """The arguments, with the number of images in a step of that table."""
+    return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED[device.type] if what == "sampling" else args.batch_size})
+
+
+def time_pair(args, what: str, precision: str, choice: str) -> dict[str, Timed]:
+    """The loop as it is and the changed one."""
+    return measure(args, {name: LoopApart(loop, args, what, precision, name) for name in (AS_IS, choice)})
+
+
+def loop(args, what: str, precision: str, choice: str) -> Iterator[None]:
+    """That loop of the table, with the allocator settings of its trainer unless these are what is undone."""
+    ours = choice != ALLOCATOR
     if ours and what == "diffusion":
         ask_for_huge_pages()
     device = choose_device(args.device) if ours else torch.device("cpu")
     digits = data.load_digits("mnist", "train", args.data_dir, device)
-    loops = {f"{choice}, {precision}": Loop(TABLES[what][0](args, digits, precision, choice)) for choice in choices}
-    return measure(sized(args, what, device), loops)
-
-
-def sized(args, what: str, device: torch.device) -> argparse.Namespace:
-    """The arguments, with the number of images in a step of that table."""
-    return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED[device.type] if what == "sampling" else args.batch_size})
+    return TABLES[what][0](args, digits, precision, choice)
 
 
 def gan_loop(args, digits: data.Digits, precision: str, choice: str, classes: int = 0) -> Iterator[None]:

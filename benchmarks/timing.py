@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from utils import has_bf16
 
-Result = TypeVar("Result")
 LIKE_OURS = ", our allocator settings"  # in the name of a loop that also runs without them
 
 
@@ -71,7 +70,7 @@ class LoopApart(Loop):
     """The loop `loop(*args)` in a process of its own, with the C library's allocator settings unless it makes others."""
 
     def __init__(self, loop: Callable[..., Iterator], *args: object):
-        self.process = _new_process()
+        self.process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self.process.submit(_begin, loop, *args).result()
 
     def flops(self) -> int:
@@ -86,6 +85,7 @@ class LoopApart(Loop):
 
 def _begin(loop: Callable[..., Iterator], *args: object) -> None:
     global _loop
+    os.environ.pop("THP_MEM_ALLOC_ENABLE", None)  # inherited, where the first process has made our settings
     _loop = Loop(loop(*args))
 
 
@@ -110,23 +110,6 @@ def measure(args, loops: dict[str, Loop]) -> dict[str, Timed]:
     for loop in loops.values():
         loop.close()
     return {name: Timed(rates[name], gflop[name]) for name in loops}
-
-
-def apart(work: Callable[..., Result], *args: object) -> Result:
-    """`work(*args)` in a process of its own, with the C library's allocator settings: ours, once made, stay."""
-    with _new_process() as process:
-        return process.submit(work, *args).result()
-
-
-def _new_process() -> ProcessPoolExecutor:
-    """One that has none of our allocator settings."""
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    process.submit(_unset, "THP_MEM_ALLOC_ENABLE").result()
-    return process
-
-
-def _unset(variable: str) -> None:
-    os.environ.pop(variable, None)
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:

@@ -16,7 +16,8 @@ import pytest
 import torch
 from trainers import TRAINERS
 
-from data import default_data_dir, has_mnist
+import data
+import evaluation
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
@@ -29,8 +30,8 @@ def fixed_seed():
 
 @pytest.fixture(scope="session")
 def mnist_dir() -> str:
-    folder = default_data_dir()
-    if not has_mnist(folder):
+    folder = data.default_data_dir()
+    if not data.has_mnist(folder):
         pytest.skip(f"MNIST is not in {folder} (set MNIST_DIR)")
     return folder
 
@@ -52,6 +53,20 @@ def run(monkeypatch, capsys):
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def fewer_digits(monkeypatch):
+    """A function that makes every script read so many digits of either split."""
+    load = data.load_digits
+
+    def limit(train: int, test: int) -> None:
+        for module in (data, evaluation):
+            monkeypatch.setattr(
+                module, "load_digits", lambda *args: load(*args).subset({"train": train, "test": test}[args[1]], "few")
+            )
+
+    return limit
 
 
 def run_process(script: str, *args: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:

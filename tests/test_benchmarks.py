@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
-import itertools
 import os
 import re
 import runpy
 
 import pytest
+import torch
 from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import data
 
 RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1]")
 
 
 def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path):
     """benchmarks/samplers.py: a row for each measurement, none of them twice, and none of another protocol."""
-    tiny, out = tiny_ddpm(tmp_path, timesteps=8), tmp_path / "out"
-    args = ["--model", tiny, "--n", 500, "--steps", 6, 8, 15, "--eta", 0, 2, "--guidance", 1, 1.3, "--digit-eta", 2]
+    tiny, out = tiny_ddpm(tmp_path, timesteps=5), tmp_path / "out"
+    args = ["--model", tiny, "--n", 500, "--steps", 4, 5, 15, "--eta", 0, 2, "--guidance", 1, 1.3, "--digit-eta", 2]
     args += ["--seeds", 1, "--data-dir", mnist_dir, "--out-dir", out]
     assert run_process("benchmarks/samplers.py", *args).returncode == 0
     rows = read_csv(out / "samplers.csv")
     free = [row for row in rows if row["drawn"] == "any digit"]
-    curves = [("dpm-solver++", steps, eta) for steps in "68" for eta in "02"] + [("ddim", "6", "0"), ("ddim", "8", "0")]
-    assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "8", "0")]
+    curves = [("dpm-solver++", steps, eta) for steps in "45" for eta in "02"] + [("ddim", "4", "0"), ("ddim", "5", "0")]
+    assert [(row["sampler"], row["steps"], row["eta"]) for row in free] == [*curves, ("ddpm", "5", "0")]
     assert not any(row["label_accuracy"] for row in free)
     asked = [row for row in rows if row["drawn"] == "on demand"]
     assert [(row["eta"], row["guidance"]) for row in asked] == [("0.8", "1"), ("0.8", "1.3"), ("2", "2.25")]
@@ -132,52 +137,63 @@ def test_a_recipe_without_effect_is_refused(tmp_path):
         assert result.returncode == 1 and f"{named} would have no effect" in error_line(result.stderr)
 
 
-def test_what_runs_apart_has_none_of_our_allocator_settings(monkeypatch):
+@pytest.fixture
+def module(monkeypatch):
+    """A function that imports a module of the benchmarks."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
+
+
+def test_what_runs_apart_has_none_of_our_allocator_settings(module, monkeypatch):
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
-    timing, asked = importlib.import_module("timing"), functools.partial(os.getenv, "THP_MEM_ALLOC_ENABLE")
-    assert asked() == "1" and timing.apart(asked) is None
-    while_it_is_set = timing.LoopApart(iter, asked, None)
+    asked = functools.partial(os.getenv, "THP_MEM_ALLOC_ENABLE")
+    assert asked() == "1"
+    while_it_is_set = module("timing").LoopApart(iter, asked, None)
     with pytest.raises(StopIteration):
         while_it_is_set.flops()
     while_it_is_set.close()
 
 
-def test_each_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
-    """benchmarks/choices.py, but for torch.compile, which takes a minute."""
-    undone = {
-        "gan": ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed"],
-        "cgan": ["class gains in fp32"],
-        "diffusion": [
-            "channels last",
-            "fused attention",
-            "scale and shift after the norm",
-            "EMA tensor by tensor",
-            "losses fetched in every step",
-        ],
-        "sampling": ["chunks of 25"],
-    }
-    small = ["--batch-size", 8, "--steps", 1, "--repeats", 1, "--precisions", "fp32", "--data-dir", mnist_dir]
-    choices = [*itertools.chain(*undone.values()), "Adam not fused", "a DataLoader's batches"]
-    timed = timed_choices("--undo", *choices, *small)
-    lines = [[name for name, _ in table] for table in timed]
-    assert [table[0] for table in timed] == [("as it is", "1.00")] * 4
-    training = {"Adam not fused", "a DataLoader's batches", "EMA tensor by tensor", "losses fetched in every step"}
-    network = {"fused attention", "channels last", "scale and shift after the norm"}
-    shared = {"gan": training, "cgan": set(), "diffusion": training, "sampling": network}
-    for names, what in zip(lines, undone):
-        assert set(names) == {"as it is", *shared[what], *undone[what]}, what
-    settings = "the C library's allocator settings"
-    ((as_it_is, changed),) = timed_choices("--what", "gan", "--undo", settings, *small)
-    assert as_it_is == ("as it is", "1.00") and changed[0] == settings
+class Computed(TorchDispatchMode):
+    """What is computed while it is active: operations, with the shapes and strides of their tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        tensors = [(tuple(t.shape), t.stride()) for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+        self.operations.append((str(operation), tensors))
+        return operation(*args, **(kwargs or {}))
 
 
-def timed_choices(*args: object) -> list[list[tuple[str, str]]]:
-    """Of each table of benchmarks/choices.py the names, and the ratios to the first of them."""
-    result = run_process("benchmarks/choices.py", "--device", "cpu", *args)
+@pytest.mark.parametrize("what", ["gan", "cgan", "diffusion", "sampling"])
+def test_each_choice_is_undone(what, module, mnist_dir):
+    """benchmarks/choices.py: each choice but torch.compile, which takes a minute, changes what a step computes."""
+    choices = module("choices")
+    loop, names = choices.TABLES[what]
+    digits = data.load_digits("mnist", "train", mnist_dir)
+    args = argparse.Namespace(batch_size=8, data_dir=mnist_dir)
+
+    def computed(choice: str) -> list:
+        with Computed() as mode:
+            next(loop(args, digits, "fp32", choice))
+        return mode.operations
+
+    as_it_is = computed(choices.AS_IS)
+    assert computed(choices.AS_IS) == as_it_is
+    undone = set(choices.possible(names, torch.device("cpu"))) - {"compiled", choices.ALLOCATOR}
+    assert undone and not [choice for choice in undone if computed(choice) == as_it_is]
+
+
+def test_a_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
+    args = ["--batch-size", 8, "--steps", 1, "--repeats", 1, "--precisions", "fp32", "--data-dir", mnist_dir]
+    undone = ["contiguous", "the C library's allocator settings"]
+    result = run_process("benchmarks/choices.py", "--what", "gan", "--undo", *undone, *args, "--device", "cpu")
     assert result.returncode == 0, result.stderr
-    tables = re.split("^torch .*$", result.stdout, flags=re.MULTILINE)[1:]
-    return [re.findall(r"^(.*), fp32 +\d+ img/s .* x ([\d.]+)", table, re.MULTILINE) for table in tables]
+    (table,) = re.split("^torch .*$", result.stdout, flags=re.MULTILINE)[1:]
+    assert re.findall(r"^(.*), fp32 +\d+ img/s .* x 1.00 ", table, re.MULTILINE) == ["as it is"]
+    assert re.findall(r"^(.*?) +x [\d.]+ +\(", table, re.MULTILINE) == undone
 
 
 def test_the_profile_names_what_costs(mnist_dir):

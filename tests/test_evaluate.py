@@ -9,23 +9,9 @@ import pytest
 import torch
 from conftest import ROOT, SHIPPED, error_line, read_csv, tiny_ddpm
 
-import data
 import evaluation
 import utils
 from checkpoint import file_sha256, read_tensors, write_tensors
-
-
-@pytest.fixture
-def fewer_digits(monkeypatch):
-    """A function that makes every script read so many digits of either split."""
-    load = data.load_digits
-
-    def limit(train: int, test: int) -> None:
-        monkeypatch.setattr(
-            data, "load_digits", lambda *args: load(*args).subset({"train": train, "test": test}[args[1]], "few")
-        )
-
-    return limit
 
 
 def test_evaluate_puts_the_floor_beside_the_model(mnist_dir, run, tmp_path, fewer_digits):

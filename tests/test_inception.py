@@ -88,10 +88,9 @@ def test_what_to_do_without_a_network_is_said(tmp_path, monkeypatch):
         inception.canonical_weights()
 
 
-def test_evaluate_takes_it(weights, mnist_dir, run, tmp_path, monkeypatch):
+def test_evaluate_takes_it(weights, mnist_dir, run, tmp_path, fewer_digits, monkeypatch):
     """Of few digits, at a sixteenth of the network's pixels, so that it takes seconds."""
-    load = data.load_digits
-    monkeypatch.setattr(data, "load_digits", lambda *args: load(*args).subset(400, "few"))
+    fewer_digits(train=400, test=400)
     monkeypatch.setattr(feature_extractor_inceptionv3.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
     monkeypatch.setattr("evaluation.FLOOR_SUBSETS", 2)
     args = ["--models", "checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt", "--n", 200, "--seeds", 1]

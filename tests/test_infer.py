@@ -68,7 +68,8 @@ def test_names_are_shown_as_they_are(run, tmp_path):
 
 
 def test_infer_without_mnist_says_so(run, tmp_path):
-    code, out, _ = run("infer.py", "--data-dir", tmp_path, "--out", tmp_path / "a.png", "--n", 400)
+    args = ["--diff-model", tiny_ddpm(tmp_path), "--n", 400, "--steps", 2, "--out", tmp_path / "a.png"]
+    code, out, _ = run("infer.py", "--data-dir", tmp_path, *args)
     assert code == 0 and "scikit-learn" in out and "only 360 of these real digits" in out
 
 

@@ -101,7 +101,8 @@ def test_it_trains_resumes_and_is_drawn_by_the_scripts(registered, run, tmp_path
     assert code == 0, err
 
 
-def test_it_is_scored_with_what_a_sample_costs(registered, mnist_dir, run, tmp_path):
+def test_it_is_scored_with_what_a_sample_costs(registered, mnist_dir, run, tmp_path, fewer_digits):
+    fewer_digits(train=900, test=300)
     save_model(tmp_path / "own.pt", "templates", models.build("templates"), {})
     args = ["--models", tmp_path / "own.pt", "--n", 200, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", tmp_path]
     code, out, err = run("evaluate.py", *args, "--steps", 3)

@@ -134,7 +134,8 @@ def test_train_gan_dry_run_on_mnist(mnist_dir, run, tmp_path, loss):
     assert flags["loss"] == loss and flags["precision"] == "bf16" and flags["ema"] is False
 
 
-def test_train_classifier_dry_run(mnist_dir, run, tmp_path, monkeypatch):
+def test_train_classifier_dry_run(mnist_dir, run, tmp_path, fewer_digits, monkeypatch):
+    fewer_digits(train=8000, test=1000)
     monkeypatch.setattr(evaluation, "FLOOR_SIZES", (500,))  # the other floors take most of the time
     code, out, err = run("train_classifier.py", "--dry-run", "--data-dir", mnist_dir, "--out-dir", tmp_path)
     assert code == 0, err
