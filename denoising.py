@@ -75,15 +75,15 @@ class DiffusionStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         reseeded(self.rng, self.seed, "diffusion", self.state.step)
-        # Not replayed, because of the stable targets: see benchmarks/README.md
-        how = (self.label_dropout, self.time_power, self.expected)
-        return self.replayed(*self.model.examples(images, labels, self.rng, *how))
+        return self.replayed(images, labels)
 
-    def update(self, x: Tensor, time: Tensor, labels: Tensor, target: Tensor, _variant: None) -> dict[str, Tensor]:
-        """The update for the examples of a batch, of which this process takes its share."""
-        rows = distributed.share(len(x))
-        with autocast(x.device, self.precision):
-            loss = self.model.loss(x[rows], time[rows], labels[rows], target[rows])
+    def update(self, images: Tensor, labels: Tensor, _variant: None) -> dict[str, Tensor]:
+        """The update, with the random numbers that `rng` draws next, by this process's share of the batch's examples."""
+        self.guard.keep()
+        rows, how = distributed.share(len(images)), (self.label_dropout, self.time_power, self.expected)
+        examples = self.model.examples(images, labels, self.rng, *how)
+        with autocast(images.device, self.precision):
+            loss = self.model.loss(*(tensor[rows] for tensor in examples))
         return {"loss": self.guard.update(loss, *self.optimizers.values(), clip=self.grad_clip)}
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import ExpectedError, is_first
+from utils import OUT_OF_MEMORY, ExpectedError, is_first
 
 
 class Left(ExpectedError):
@@ -72,6 +72,8 @@ def _together(function: Callable) -> Callable:
         try:
             return function(value)
         except RuntimeError as error:
+            if any(words in str(error) for words in OUT_OF_MEMORY):
+                raise
             raise Left(f"another of the {count()} processes has ended ({error})") from error
 
     return call

@@ -200,6 +200,8 @@ class Experiment:
             try:
                 fit(train_step, self.batches, self.args.epochs, hooks, self.state)
             except Interrupted as stop:
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()  # the other processes wait for what this one has still to give to their steps
                 saver.save(self.state)
                 over = self.state.stop_reason or self.state.epoch >= self.args.epochs
                 hint = "The run was over." if over else f"To continue: {self._resume_line()}"

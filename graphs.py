@@ -29,9 +29,9 @@ class Recording(NamedTuple):
 class Replayed:
     """`update(*inputs, variant)` -> tensors by name, on a GPU replayed from a recording: each `variant` from one of its own.
 
-    So whatever the host decides must depend on the variant alone; the inputs keep their shapes; nothing waits for the
-    device; random numbers come from `rng`, a generator on the device that is seeded before every call. The learning rates
-    of the `optimizers`, which are capturable ones, may change from call to call.
+    So whatever the host decides must depend on the variant alone; the inputs keep their shapes; any other tensor that is
+    read stays where it is; nothing waits for the device; random numbers come from `rng`, a generator on the device that is
+    seeded before every call. The learning rates of the `optimizers`, which are capturable ones, may change from call to call.
     """
 
     def __init__(

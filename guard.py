@@ -15,7 +15,9 @@ class Guard:
     (BatchNorm's statistics, which the forward pass has touched already) are put back. The loss is then returned as nan, so
     that whoever fetches it sees that this step was bad. A step is
 
-        guard.keep(); forward passes and `guard.update`, once for each optimizer; guard.restore()
+        guard.keep(); forward passes and `guard.update`, once for each loss; guard.restore()
+
+    where the last of them is not needed without buffers.
     """
 
     def __init__(self, *networks: nn.Module):

@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from timing import wait_for_device
 from torch import nn
 
 import adversarial
@@ -34,8 +35,10 @@ import flags
 import train_cgan
 import train_diffusion
 import train_gan
+from adversarial import PENALTY_EVERY
 from callbacks import EMA, ScheduledLR
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
+from graphs import ORDINARY_CALLS
 from training import TrainState
 from utils import ExpectedError, choose_device, earlier_rows, has_bf16, run_script, write_csv
 
@@ -55,6 +58,7 @@ PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusio
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
 COMPARED = ("minutes", "device", "precision", "n")  # what the rows of a chart have in common
 KEY = ("model", "recipe", "seed", *COMPARED)  # of a row
+UNTIMED_STEPS = PENALTY_EVERY * ORDINARY_CALLS + 1  # until a GPU has recorded whatever it replays later
 TIMED_STEPS = 15
 # What a recipe may set: the rest of a trainer's flags has no effect here
 SHARED_KNOBS = {"preset", "width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size"}
@@ -113,8 +117,9 @@ def trainer_args(model: str, recipe: str):
 
 def measure(args, trainer, digits: data.Digits, extractor: Extractor, seed: int) -> dict[str, float]:
     """Train a recipe for the given minutes, and score it; its size, its cost and its figures."""
-    seconds = [run_steps(args, trainer, digits, seed, TIMED_STEPS)[0].seconds for _ in range(2)]  # the first warms up
-    state, network = run_steps(args, trainer, digits, seed, max(1, round(TIMED_STEPS / seconds[1] * 60 * args.minutes)))
+    trial, _ = run_steps(args, trainer, digits, seed, UNTIMED_STEPS + TIMED_STEPS, UNTIMED_STEPS)
+    steps = max(1, round(TIMED_STEPS / trial.seconds * 60 * args.minutes))
+    state, network = run_steps(args, trainer, digits, seed, steps)
     options, diffusion = {}, args.model == "diffusion"
     if diffusion:
         options = {name: getattr(trainer, name) for name in ("sampler", "steps", "eta", "guidance")}
@@ -125,8 +130,9 @@ def measure(args, trainer, digits: data.Digits, extractor: Extractor, seed: int)
             **{name: figures.get(name, math.nan) for name in FIGURES}}  # fmt: skip
 
 
-def run_steps(args, trainer, digits: data.Digits, seed: int, steps: int) -> tuple[TrainState, nn.Module]:
-    """Train for so many steps, from the beginning; the state, and the network that is scored."""
+def run_steps(args, trainer, digits: data.Digits, seed: int, steps: int, untimed: int = 0) -> tuple[TrainState, nn.Module]:
+    """Train for so many steps, from the beginning, of which the first may be untimed; the state, and the network that is
+    scored."""
     torch.manual_seed(seed)
     trainer.seed, state = seed, TrainState()
     network, optimizers, step = assemble(args, trainer, digits, state)
@@ -135,13 +141,16 @@ def run_steps(args, trainer, digits: data.Digits, seed: int, steps: int) -> tupl
     schedule = ScheduledLR(list(optimizers.values()), warmup, steps if trainer.lr_schedule == "cosine" else None)
     schedule.on_start(state)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, trainer.batch_size, seed, epoch))
-    for images, labels in itertools.islice(batches, steps):
+    for number, (images, labels) in enumerate(itertools.islice(batches, steps)):
+        if number == untimed:
+            wait_for_device()
+            state.tick()
+            state.seconds = 0.0
         state.count(step(images, labels), len(images))
         if trainer.ema:
             ema.after_step(state)
         schedule.after_step(state)
-    if digits.images.is_cuda:
-        torch.cuda.synchronize()
+    wait_for_device()
     state.tick()
     return state, ema.model if trainer.ema else network
 

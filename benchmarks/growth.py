@@ -12,6 +12,7 @@ whose threads wait for each other could fall off a cliff. Results go to a table;
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import csv
 import os
@@ -41,7 +42,8 @@ def main() -> None:
     flag("--busy", nargs="+", type=flags.natural, default=[0, 1], help="processes of other work, at batch 128")
     flag("--images", type=flags.positive_int, default=5120, help="in each of the three epochs")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the trainings")
-    flag("--environment", nargs="+", default=[], metavar="NAME=VALUE", help="of the trainings, such as OMP_NUM_THREADS=1")
+    flag("--environment", nargs="+", type=variable, default=[], metavar="NAME=VALUE",
+         help="of the trainings, such as OMP_NUM_THREADS=1")  # fmt: skip
     flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
     flag("--device", default="auto", help="auto, cpu, cuda, ...")
     flag("--out", type=Path, default=Path("runs/growth.csv"), help="the table to write")
@@ -57,6 +59,14 @@ def main() -> None:
               f"{rate:7.0f} images/s  {memory:6.0f} MB at most in a process", flush=True)  # fmt: skip
         write_csv(args.out, rows)
     print(f"wrote {args.out}")
+
+
+def variable(text: str) -> tuple[str, str]:
+    """NAME=VALUE of the command line."""
+    name, separator, value = text.partition("=")
+    if not (name and separator):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def settings(args) -> Iterator[tuple[str, int, int, int, int]]:
@@ -85,7 +95,7 @@ def others(n: int) -> Iterator[None]:
 def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple[float, float]:
     """Images/s of the second epoch, and the largest resident memory of a process in MB."""
     program = [sys.executable]
-    environment = {**os.environ, **dict(variable.split("=", 1) for variable in args.environment)}
+    environment = {**os.environ, **dict(args.environment)}
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -97,21 +107,26 @@ def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple
         command += ["--data-dir", args.data_dir] if args.data_dir else []
         with tempfile.TemporaryFile("w+") as errors:
             child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=errors, env=environment)
-            memory, failed = peak_memory(child)
-            if failed:
+            try:
+                memory = peak_memory(child)
+            finally:
+                if child.returncode is None:  # interrupted: it would train on
+                    child.terminate()
+            if child.returncode:
                 errors.seek(0)
-                raise ExpectedError(f"{SCRIPTS[trainer]} failed: {errors.read().strip().splitlines()[-1]}")
+                said = [line for line in errors if line.startswith("error: ")]
+                raise ExpectedError(f"{SCRIPTS[trainer]} failed: {said[-1] if said else f'exit code {child.returncode}'}")
         with (Path(folder) / "reports" / f"{trainer}_training_log.csv").open() as file:
             first, second, _ = csv.DictReader(file)
     images, seconds = (float(second[name]) - float(first[name]) for name in ("images", "seconds"))
     return images / seconds, memory
 
 
-def peak_memory(child: subprocess.Popen) -> tuple[float, bool]:
-    """Wait for the child; the largest resident memory, in MB, of it and what it started; and whether it failed."""
+def peak_memory(child: subprocess.Popen) -> float:
+    """Wait for the child; the largest resident memory, in MB, of it and what it started."""
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10), child.returncode != 0
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 if __name__ == "__main__":

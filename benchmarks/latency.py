@@ -21,7 +21,7 @@ SCRIPTS = (*TRAINERS, "train_classifier.py", "evaluate.py", "infer.py", "inferen
 sys.path.insert(0, str(ROOT))
 
 import torch
-from timing import precisions
+from timing import precisions, wait_for_device
 
 import data
 import flags
@@ -72,39 +72,38 @@ def main() -> None:
         "  of that: nearest training digits": lambda: metrics.nearest_neighbours(images, train.images),
     }
     with tempfile.TemporaryDirectory() as scratch:
-        works = scripts(scratch, data_dir) | report
+        works = scripts(scratch, data_dir, device) | report
         names = [name for name in works if any(text in name for text in args.only)]
         if not names:
             raise UsageError(f"--only {' '.join(args.only)}: no line contains that")
         for name in names:
-            print(f"{name:50s} {median_seconds(works[name], args.repeats, device):7.2f} s", flush=True)
+            print(f"{name:50s} {median_seconds(works[name], args.repeats):7.2f} s", flush=True)
 
 
-def scripts(scratch: str, data_dir: str | Path) -> dict[str, Callable[[], object]]:
+def scripts(scratch: str, data_dir: str | Path, device: torch.device) -> dict[str, Callable[[], object]]:
     """Whole processes, imports included, which write into `scratch`."""
 
     def command(*arguments: object) -> Callable[[], object]:
         line = [sys.executable, *map(str, arguments)]
         return functools.partial(subprocess.run, line, check=True, capture_output=True, cwd=ROOT)
 
-    digits = ["--data-dir", Path(data_dir).resolve()]
-    trial = ["--dry-run", *digits, "--out-dir", scratch]
+    here, digits = ["--device", device], ["--data-dir", Path(data_dir).resolve()]
+    trial = ["--dry-run", *here, *digits, "--out-dir", scratch]
     return {
         **{f"{script} --help": command(script, "--help") for script in SCRIPTS},
         **{f"{script} --dry-run": command(script, *trial) for script in TRAINERS},
-        "inference.py --digit 9": command("inference.py", "--digit", "9", "--outdir", scratch),
-        "infer.py (64 digits of each kind)": command("infer.py", *digits, "--out", f"{scratch}/infer.png"),
+        "inference.py --digit 9": command("inference.py", *here, "--digit", "9", "--outdir", scratch),
+        "infer.py (64 digits of each kind)": command("infer.py", *here, *digits, "--out", f"{scratch}/infer.png"),
     }
 
 
-def median_seconds(work: Callable[[], object], repeats: int, device: torch.device) -> float:
+def median_seconds(work: Callable[[], object], repeats: int) -> float:
     """Median wall-clock seconds of `work`, after one run to warm up."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
 

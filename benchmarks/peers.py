@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from diffusion_step import their_network
-from timing import precisions, size_of
+from timing import precisions, size_of, wait_for_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,7 +41,7 @@ from training import TrainState
 from utils import ask_for_huge_pages, autocast, choose_device, keyed_generator, run_script, write_csv
 
 CHUNK = CHUNK_SIZE["cpu"]  # samples at a time, in all of them
-TIMED_STEPS = 30
+UNTIMED_STEPS, TIMED_STEPS = 10, 30  # of a trial: the former warm up, and a GPU records what it replays later
 
 
 def main() -> None:
@@ -100,8 +100,7 @@ def measure(
     args, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer
 ) -> Iterator[tuple[dict[str, str | int | float], Tensor]]:
     """Train one, after a short trial that tells how many steps fit into the time; figures and samples of each sampler."""
-    for _ in range(2):  # the first warms up
-        seconds, _ = train(args, make, precision, digits, TIMED_STEPS)
+    seconds, _ = train(args, make, precision, digits, UNTIMED_STEPS + TIMED_STEPS, UNTIMED_STEPS)
     steps = max(1, round(TIMED_STEPS / seconds * 60 * args.minutes))
     seconds, peer = train(args, make, precision, digits, steps)
     parameters, gflop = size_of(peer.network, digits.images.device)
@@ -118,16 +117,19 @@ def measure(
                **{name: figures[name] for name in ("fid", "fid_ratio", "is")}}, images  # fmt: skip
 
 
-def train(args, make: Callable[..., Peer], precision: str, digits: data.Digits, steps: int) -> tuple[float, Peer]:
-    """(seconds, the model) after so many steps from the beginning."""
+def train(
+    args, make: Callable[..., Peer], precision: str, digits: data.Digits, steps: int, untimed: int = 0
+) -> tuple[float, Peer]:
+    """(seconds, the model) after so many steps from the beginning, of which the first may be untimed."""
     torch.manual_seed(0)
     peer = make(args, digits, steps, precision)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, args.batch_size, 0, epoch))
-    start = time.perf_counter()
-    for images, _ in itertools.islice(batches, steps):
+    for number, (images, _) in enumerate(itertools.islice(batches, steps)):
+        if number == untimed:
+            wait_for_device()
+            start = time.perf_counter()
         peer.step(images)
-    if digits.images.is_cuda:
-        torch.cuda.synchronize()
+    wait_for_device()
     return time.perf_counter() - start, peer
 
 

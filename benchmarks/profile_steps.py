@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import diffusion_step
 import torch
 import train_step
-from timing import precisions
+from timing import precisions, wait_for_device
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -61,8 +61,7 @@ def show(title: str, loop, steps: int, rows: int, device: torch.device) -> None:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         for _ in range(steps):
             next(loop)
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait_for_device()
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU  # kernels, not also the operations that launch them
     events = [e for e in profiled.key_averages() if e.device_type == kind]
     spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphs import ORDINARY_CALLS
 from utils import has_bf16
 
 LIKE_OURS = ", our allocator settings"  # in the name of a loop that also runs without them
@@ -25,6 +26,12 @@ def add_timing_flags(flag, positive_int) -> None:
     flag("--batch-size", type=positive_int, default=128, help="images in a step")
     flag("--steps", type=positive_int, default=10, help="steps in a repeat")
     flag("--repeats", type=positive_int, default=5, help="timed repeats of each loop, after one to warm up")
+
+
+def wait_for_device() -> None:
+    """Let a GPU finish what it has been given, before a clock is read."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def precisions(device: torch.device) -> list[str]:
@@ -59,8 +66,7 @@ class Loop:
         """Take so many steps, to their end."""
         for _ in range(steps):
             next(self.steps)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for_device()
 
     def close(self) -> None:
         """It is not needed any more."""
@@ -98,13 +104,14 @@ def _advance(steps: int) -> None:
 
 
 def measure(args, loops: dict[str, Loop]) -> dict[str, Timed]:
-    """Each loop timed in each repeat, the loops in turn, after a repeat to warm up and to count its FLOPs."""
+    """Each loop timed in each repeat, the loops in turn, after a repeat to warm up, in which a GPU records what it replays
+    later, and a step whose FLOPs are counted."""
     gflop = {name: loop.flops() / args.batch_size / 1e9 for name, loop in loops.items()}
     rates: dict[str, list[float]] = {name: [] for name in loops}
     for repeat in range(args.repeats + 1):
         for name, loop in loops.items():
             start = time.perf_counter()
-            loop.advance(args.steps)
+            loop.advance(args.steps if repeat else max(args.steps, ORDINARY_CALLS))
             if repeat:
                 rates[name].append(args.steps * args.batch_size / (time.perf_counter() - start))
     for loop in loops.values():
@@ -120,8 +127,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     for _ in range(20):
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for_device()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e9
 

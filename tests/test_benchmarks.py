@@ -7,7 +7,6 @@ import functools
 import importlib
 import os
 import re
-import runpy
 
 import pytest
 import torch
@@ -18,6 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import data
 
 RANGES = ("pixels in [0, 1], cut to integers", "pixels in [-1, 1], read as [0, 1]")
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """A function that imports a module of the benchmarks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module
 
 
 def test_the_samplings_are_scored_and_go_on_where_they_were(mnist_dir, tmp_path):
@@ -114,8 +120,8 @@ def test_a_recipe_is_trained_as_its_flags_say(mnist_dir, tmp_path):
     assert [row["seed"] for row in read_csv(out)] == ["0"] * 4 + ["1"] and out.with_suffix(".png").stat().st_size > 1000
 
 
-def test_every_recipe_of_the_study_is_another_one():
-    study = runpy.run_path(str(ROOT / "benchmarks" / "ablation.py"))
+def test_every_recipe_of_the_study_is_another_one(module):
+    study = vars(module("ablation"))
     knobs = (study["GAN_KNOBS"] | study["DIFFUSION_KNOBS"]) - {"preset"}
     for model, recipes in study["RECIPES"].items():
         trainers = [vars(study["trainer_args"](model, recipe)) for recipe in recipes]
@@ -135,13 +141,6 @@ def test_a_recipe_without_effect_is_refused(tmp_path):
     for recipe, named in (("epochs=3", "epochs"), ("lr_schedule=plateau", "lr_schedule=plateau")):
         result = run_process("benchmarks/ablation.py", *args, recipe)
         assert result.returncode == 1 and f"{named} would have no effect" in error_line(result.stderr)
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """A function that imports a module of the benchmarks."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    return importlib.import_module
 
 
 def test_what_runs_apart_has_none_of_our_allocator_settings(module, monkeypatch):
@@ -194,6 +193,15 @@ def test_a_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
     (table,) = re.split("^torch .*$", result.stdout, flags=re.MULTILINE)[1:]
     assert re.findall(r"^(.*), fp32 +\d+ img/s .* x 1.00 ", table, re.MULTILINE) == ["as it is"]
     assert re.findall(r"^(.*?) +x [\d.]+ +\(", table, re.MULTILINE) == undone
+
+
+def test_what_a_training_cannot_do_is_said(tmp_path):
+    """benchmarks/growth.py, by the line that the trainer says."""
+    growth = functools.partial(run_process, "benchmarks/growth.py", "--trainers", "gan", "--out", tmp_path / "a.csv")
+    result = growth("--images", 64, "--batch-sizes", 128, "--device", "cpu")
+    assert result.returncode == 1 and "failed: error: --batch-size 128" in error_line(result.stderr)
+    result = growth("--environment", "OMP_NUM_THREADS")
+    assert result.returncode == 2 and "is not NAME=VALUE" in error_line(result.stderr)
 
 
 def test_the_profile_names_what_costs(mnist_dir):

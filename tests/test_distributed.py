@@ -38,7 +38,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     try:
         out, err = process.communicate(timeout=300)
     finally:
-        process.kill()
+        process.terminate()  # which ends the script's processes too
     return process.returncode, out, err
 
 
@@ -135,6 +135,22 @@ def test_a_loss_is_the_mean_of_its_shares():
     whole, *parts = (network.loss(*(tensor[rows] for tensor in examples)).item()
                      for rows in (slice(None), slice(0, 4), slice(4, 8)))  # fmt: skip
     assert whole == pytest.approx(sum(parts) / 2, rel=1e-6) and parts[0] != parts[1]
+
+
+def test_a_full_memory_is_not_taken_for_another_process_that_ended(monkeypatch):
+    def fails(message: str):
+        def call(*_):
+            raise RuntimeError(message)
+
+        return call
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails("Connection closed by peer"))
+    with pytest.raises(distributed.Left, match="another of the 2 processes has ended"):
+        distributed.largest(1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", fails("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        distributed.average([torch.ones(1)])
 
 
 def test_of_one_process_nothing_is_asked():

@@ -1,4 +1,4 @@
-"""Training steps replayed from CUDA graphs. Where there is no GPU, all but one of these are skipped."""
+"""Training steps replayed from CUDA graphs. Where there is no GPU, those that replay one are skipped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_cgan
 import train_diffusion
@@ -65,6 +67,37 @@ def test_on_a_cpu_nothing_is_recorded():
     _, step, images, labels = make_step("dcgan hinge", "cpu")
     take(step, images, labels)
     assert not step.replayed.active and not step.replayed._recordings
+
+
+class Reads(TorchDispatchMode):
+    """Where the tensors lie that are read while it is active, but for those that are made meanwhile; and what reads them."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.read = set(), {}
+
+    def __torch_dispatch__(self, operation, _types, args=(), kwargs=None):
+        for place in self._places((args, kwargs)):
+            if place not in self.made:
+                self.read.setdefault(place, str(operation))
+        results = operation(*args, **(kwargs or {}))
+        self.made.update(self._places(results))
+        return results
+
+    def _places(self, tree) -> list[int]:
+        return [t.untyped_storage().data_ptr() for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_reads_nothing_that_only_the_last_one_left(kind):
+    """A recording would go on reading it after it is gone: from memory that is another's, or nobody's."""
+    _, step, images, labels = make_step(kind, "cpu")
+    found = []
+    for step.state.step in (1, 2, 3, 5):  # none with a penalty
+        with Reads() as reads:
+            step(images, labels)
+        found.append(reads.read)
+    assert found[-1] == found[-2]
 
 
 @needs_gpu
