@@ -31,7 +31,7 @@ class Replayed:
 
     So whatever the host decides must depend on the variant alone; the inputs keep their shapes; any other tensor that is
     read stays where it is; nothing waits for the device; random numbers come from `rng`, a generator on the device that is
-    seeded before every call. The learning rates of the `optimizers`, which are capturable ones, may change from call to call.
+    seeded before every call. The learning rates of the `optimizers`, which are capturable ones, may change between calls.
     """
 
     def __init__(
