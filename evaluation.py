@@ -6,6 +6,7 @@ What the trainers' monitor and evaluate.py share. Samples are rounded to uint8 o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from pathlib import Path
@@ -292,8 +293,12 @@ class RealDigits:
         self.statistics = metrics.gaussian(self.features)
         self.neighbours = _at_most(self.features, NEIGHBOURHOOD, 0)
         self.radius = metrics.ball_radius(self.neighbours)
-        self.train_images = train.images
-        self.test_distances, _ = metrics.nearest_neighbours(test.images, train.images)
+        self.test_images, self.train_images = test.images, train.images
+
+    @functools.cached_property
+    def test_distances(self) -> Tensor:
+        """From each test digit to the nearest training digit, float32 [N]: seconds of work, so where it is asked for."""
+        return metrics.nearest_neighbours(self.test_images, self.train_images)[0]
 
     def own_figures(self) -> dict[str, float]:
         """What the reference digits reach by themselves: the marks of label accuracy and inception score."""
