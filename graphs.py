@@ -45,6 +45,8 @@ class Replayed:
         self._calls: dict[Any, int] = {}
         self._recordings: dict[Any, Recording] = {}
         self._rates: list[Tensor] = []  # on the device, where the graphs read them
+        # Its own: newer versions of PyTorch free a stream's cuBLAS workspace with any graph recorded there (pytorch#193402)
+        self._stream = torch.cuda.Stream(rng.device) if self.active else None
 
     def __call__(self, *inputs: Tensor, variant: Any = None) -> dict[str, Tensor]:
         if not self.active:
@@ -75,7 +77,7 @@ class Replayed:
         *inputs, variant = arguments
         kept, graph = tuple(tensor.clone() for tensor in inputs), torch.cuda.CUDAGraph()
         graph.register_generator_state(self.rng)
-        with self._rates_on_device(), torch.cuda.graph(graph):
+        with self._rates_on_device(), torch.cuda.graph(graph, stream=self._stream):
             results = self.update(*kept, variant)
         return Recording(graph, kept, results)
 
