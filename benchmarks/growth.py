@@ -112,9 +112,10 @@ def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple
             finally:
                 if child.returncode is None:  # interrupted: it would train on
                     child.terminate()
+                    child.wait()
             if child.returncode:
                 errors.seek(0)
-                said = [line for line in errors if line.startswith("error: ")]
+                said = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
                 raise ExpectedError(f"{SCRIPTS[trainer]} failed: {said[-1] if said else f'exit code {child.returncode}'}")
         with (Path(folder) / "reports" / f"{trainer}_training_log.csv").open() as file:
             first, second, _ = csv.DictReader(file)

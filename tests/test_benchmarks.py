@@ -199,7 +199,7 @@ def test_what_a_training_cannot_do_is_said(tmp_path):
     """benchmarks/growth.py, by the line that the trainer says."""
     growth = functools.partial(run_process, "benchmarks/growth.py", "--trainers", "gan", "--out", tmp_path / "a.csv")
     result = growth("--images", 64, "--batch-sizes", 128, "--device", "cpu")
-    assert result.returncode == 1 and "failed: error: --batch-size 128" in error_line(result.stderr)
+    assert result.returncode == 1 and "failed: --batch-size 128" in error_line(result.stderr)
     result = growth("--environment", "OMP_NUM_THREADS")
     assert result.returncode == 2 and "is not NAME=VALUE" in error_line(result.stderr)
 
