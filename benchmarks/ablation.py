@@ -35,7 +35,6 @@ import flags
 import train_cgan
 import train_diffusion
 import train_gan
-from adversarial import PENALTY_EVERY
 from callbacks import EMA, ScheduledLR
 from evaluation import FLOOR_SIZES, Extractor, training_scorer
 from graphs import ORDINARY_CALLS
@@ -58,7 +57,7 @@ PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusio
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
 COMPARED = ("minutes", "device", "precision", "n")  # what the rows of a chart have in common
 KEY = ("model", "recipe", "seed", *COMPARED)  # of a row
-UNTIMED_STEPS = PENALTY_EVERY * ORDINARY_CALLS + 1  # until a GPU has recorded whatever it replays later
+UNTIMED_STEPS = adversarial.PENALTY_EVERY * ORDINARY_CALLS + 1  # until a GPU has recorded whatever it replays later
 TIMED_STEPS = 15
 # What a recipe may set: the rest of a trainer's flags has no effect here
 SHARED_KNOBS = {"preset", "width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size"}
