@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PRECISION ?= bf16# of the diffusion model's evaluations in `make results`: fp32 where the device has no bf16 units
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PRECISION ?= bf16# of the DDPM's evaluations in `make results`: fp32 if the device has no bf16 units
 
 .PHONY: help demo install test lint results clean
 
 help:
-	@echo "make demo   install, draw digits from the shipped weights, train a DCGAN for a minute"
-	@echo "make test   install the test requirements, run the tests"
-	@echo "make lint   check style and format"
-	@echo "make results  measure and draw reports/, samples/ and the READMEs' results, from the shipped checkpoints"
-	@echo "make clean  remove .venv, runs and caches"
+	@echo "make demo     install, draw digits from the shipped weights, train a DCGAN for a minute"
+	@echo "make test     install the test requirements, run the tests"
+	@echo "make lint     check style, format and types"
+	@echo "make results  measure and draw reports/, samples/ and the generated tables, from the shipped checkpoints"
+	@echo "make clean    remove .venv, runs and caches"
 
 demo: install
 	$(BIN)/python infer.py --out runs/demo/side_by_side.png
@@ -19,12 +20,14 @@ demo: install
 	$(BIN)/python train_gan.py --dataset digits --width 16 --batch-size 64 --epochs 30 --no-early-stop --out-dir runs/demo
 
 install: $(VENV)/installed
+
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy .
 
 results: install
 	$(BIN)/python evaluate.py --precision $(PRECISION) --out-dir reports
@@ -35,15 +38,16 @@ results: install
 	$(BIN)/python inference.py
 	$(BIN)/python report.py
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache __pycache__ tests/__pycache__
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

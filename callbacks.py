@@ -1,36 +1,43 @@
-"""What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, checkpoints, GIF, CSV.
+"""What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, and the writers.
 
-Their order in the list is the contract: EMA, then what only samples and can be repeated (ProgressGIF's frames, FIDMonitor),
-Watchdog, EarlyStopping and ReduceLROnPlateau (which read the row that the monitor filled), then the writers.
+The order in the list is the contract. EMA comes first. Then comes what samples and can be repeated: ProgressGIF, FIDMonitor.
+Watchdog, EarlyStopping and the learning rate read the row that the monitor filled. The writers come last.
 """
 
 from __future__ import annotations
 
 import copy
+import datetime
 import math
-import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-import distributed
-import plots
 from checkpoint import save_model, write_tensors
 from data import IMAGE_SIZE, NUM_CLASSES, to_uint8
-from training import Callback, StopSignals, TrainState
-from utils import ExpectedError, Interrupted, busy_seconds, is_first, keyed_generator, write_csv
+from engine import distributed
+from figures import images
+from files import ExpectedError, Interrupted, is_first, say, write_csv
+from loop import Callback, StopSignals, TrainState
+from utils import keyed_generator
+
+# --------------------------------------------------------------------------------------------------------------------
+# Average, scoring, stopping, learning rate
 
 
 class EMA(Callback):
     """Exponential moving average of a network's weights and buffers, in `self.model` (eval mode).
 
-    The decay warms up as min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. BatchNorm's
-    running statistics are averaged too: with parameters alone, `running_mean` and `running_var` would keep their
-    initial values (0 and 1) and the averaged network would be another function.
+    The decay warms up as min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. BatchNorm's running
+    statistics are averaged too. Otherwise they would keep their initial values, 0 and 1, and the average would be another
+    function.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -60,10 +67,13 @@ def _split_by_type(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 class FIDMonitor(Callback):
-    """Every `every` epochs, adds the figures of `score(model)` to the row and keeps track of the best FID."""
+    """Adds the figures of `score(model)` to the row every `every` epochs, and remembers the best FID."""
 
     def __init__(self, score: Callable[[nn.Module], dict[str, float]], model: nn.Module, every: int, signals: StopSignals):
-        self.score, self.model, self.every, self.signals = score, model, every, signals
+        self.score = score
+        self.model = model
+        self.every = every
+        self.signals = signals
 
     def after_epoch(self, state: TrainState) -> None:
         if (state.epoch + 1) % self.every:
@@ -72,23 +82,25 @@ class FIDMonitor(Callback):
             figures = distributed.of_first(self.score(self.model))
         state.row.update(figures)
         if figures["fid"] < state.best_fid:
-            state.best_fid, state.best_epoch = figures["fid"], state.epoch + 1
+            state.best_fid = figures["fid"]
+            state.best_epoch = state.epoch + 1
 
 
 class Watchdog(Callback):
-    """Puts a `warning` into the row when the samples collapse, or the discriminator has nothing to teach.
+    """Puts a `warning` into the row when the samples collapse, or when the discriminator has nothing to teach.
 
-    `guessing` is the discriminator's loss where it tells real and generated images apart no better than by guessing.
+    `guessing` is the loss of a discriminator that only guesses. None: there is no discriminator.
     """
 
-    VARIETY = 0.5  # of real digits
-    NEAR = 0.02  # the share of `guessing` by which a loss counts as equal to it, or to zero
+    VARIETY = 0.5  # of real digits; below, the samples count as collapsed
+    NEAR = 0.02  # a loss within this share of `guessing` counts as equal to it, or to zero
 
     def __init__(self, guessing: float | None = None):
         self.guessing = guessing
 
     def after_epoch(self, state: TrainState) -> None:
-        row, warnings = state.row, []
+        row = state.row
+        warnings = []
         if row.get("digits", NUM_CLASSES) < NUM_CLASSES:
             warnings.append(f"mode collapse: only {row['digits']} of {NUM_CLASSES} digits are drawn")
         elif row.get("variety", 1.0) < self.VARIETY:
@@ -107,11 +119,13 @@ class EarlyStopping(Callback):
     """Stops after `patience` scorings without a better FID.
 
     Raises:
-        RuntimeError: after an epoch that was due to be scored, the row has no FID (or it is not finite).
+        RuntimeError: an epoch that should be scored has no FID, or one that is not finite.
     """
 
     def __init__(self, patience: int, every: int = 1):
-        self.patience, self.every, self.without_gain = patience, every, 0
+        self.patience = patience
+        self.every = every
+        self.without_gain = 0
 
     def after_epoch(self, state: TrainState) -> None:
         if (state.epoch + 1) % self.every:
@@ -132,11 +146,11 @@ class EarlyStopping(Callback):
 
 
 class ReduceLROnPlateau(Callback):
-    """Halves the learning rates after `patience` scorings without a better FID (torch's scheduler for each optimizer)."""
+    """Halves the learning rates after `patience` scorings without a better FID, by torch's scheduler."""
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], patience: int):
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-        self.patience = patience - 1  # torch counts the scorings that it still bears
+        self.patience = patience - 1  # torch counts the scorings that it tolerates
         self.schedulers = [plateau(o, factor=0.5, patience=self.patience, threshold=0.0) for o in optimizers]
 
     def after_epoch(self, state: TrainState) -> None:
@@ -150,17 +164,18 @@ class ReduceLROnPlateau(Callback):
     def load_state_dict(self, saved: dict) -> None:
         for scheduler, part in zip(self.schedulers, saved["schedulers"]):
             scheduler.load_state_dict(part)
-            scheduler.patience = self.patience  # a resumed run may change it
+            scheduler.patience = self.patience  # a resumed run may have another
 
 
 class ScheduledLR(Callback):
-    """Raises the learning rates linearly over `warmup` steps; then keeps them, or with `total_steps` lowers them.
+    """Raises the learning rates linearly over `warmup` steps. Then they stay, or with `total_steps` they fall.
 
     They fall along a half cosine that reaches zero at `total_steps` (Loshchilov & Hutter 2017, eq. 5).
     """
 
     def __init__(self, optimizers: list[torch.optim.Optimizer], warmup: int, total_steps: int | None):
-        self.warmup, self.total_steps = warmup, total_steps
+        self.warmup = warmup
+        self.total_steps = total_steps
         self.peaks = [(optimizer, [group["lr"] for group in optimizer.param_groups]) for optimizer in optimizers]
 
     def on_start(self, state: TrainState) -> None:
@@ -175,43 +190,21 @@ class ScheduledLR(Callback):
                 group["lr"] = peak * factor
 
 
-class SharedCores(Callback):
-    """Computes with as many threads as other work leaves cores for.
-
-    For bf16 on a CPU: where one of its threads waits for a core, the others wait for it and keep theirs, so that a diffusion
-    training beside one busy process would run at a quarter of its speed (benchmarks/README.md). The number of threads can
-    change last bits, so it stays where OMP_NUM_THREADS says what it shall be.
-    """
-
-    SECONDS = 2.0  # between looks
-
-    def __init__(self):
-        self.most = torch.get_num_threads()
-
-    def on_start(self, state: TrainState) -> None:
-        self._looked = (time.monotonic(), *busy_seconds())
-
-    def after_step(self, state: TrainState) -> None:
-        if time.monotonic() - self._looked[0] < self.SECONDS:
-            return
-        before, self._looked = self._looked, (time.monotonic(), *busy_seconds())
-        seconds, own, all_ = (new - old for new, old in zip(self._looked, before))
-        others = (all_ - own) / seconds  # cores that they keep busy; nan where the system does not tell
-        if math.isfinite(others):
-            torch.set_num_threads(max(1, min(self.most, round(len(os.sched_getaffinity(0)) - others))))
-
-    def on_end(self, state: TrainState) -> None:
-        torch.set_num_threads(self.most)
+# --------------------------------------------------------------------------------------------------------------------
+# Writers
 
 
 class CheckpointWriter(Callback):
-    """Writes `best_<file>.pt` whenever the FID is the best so far and `<file>_epoch_<n>.pt` every `save_every` epochs.
+    """Writes `best_<file>.pt` at every best FID, and `<file>_epoch_<n>.pt` every `save_every` epochs.
 
-    `exports` maps the file part (such as `GAN_G`) to (model name, network).
+    `exports` maps the file part, such as `GAN_G`, to (model name, network).
     """
 
     def __init__(self, folder: Path, exports: dict[str, tuple[str, nn.Module]], save_every: int, meta: dict):
-        self.folder, self.exports, self.save_every, self.meta = folder, exports, save_every, meta
+        self.folder = folder
+        self.exports = exports
+        self.save_every = save_every
+        self.meta = meta
 
     def after_epoch(self, state: TrainState) -> None:
         if state.best_epoch == state.epoch + 1:
@@ -226,24 +219,29 @@ class CheckpointWriter(Callback):
 
 
 class ProgressGIF(Callback):
-    """One frame an epoch: the same noise through the network as it learns, the first frame before any training.
+    """A GIF with one frame an epoch, drawn from the same noise. The first frame is from before the training.
 
-    A frame is a square of `columns`, or as many rows of them as `labels` [N], the classes to draw, fill. `options` are
-    those of the model's `sample`. Frames are drawn beside the monitor, and written once the log has their FID.
+    A frame is a square of `columns` images a side. With `labels` [N], the classes to draw, it has N images in `columns`.
+    `options` are those of the model's `sample`. The file is written once the log has the FID of the caption.
     """
 
     def __init__(
         self,
         path: Path,
-        model: nn.Module,
+        model: Any,
         signals: StopSignals,
         seed: int,
         columns: int,
         labels: Tensor | None = None,
         options: dict | None = None,
     ):
-        self.path, self.model, self.signals, self.seed, self.columns = path, model, signals, seed, columns
-        self.labels, self.options = labels, options or {}
+        self.path = path
+        self.model = model
+        self.signals = signals
+        self.seed = seed
+        self.columns = columns
+        self.labels = labels
+        self.options = options or {}
         self.n = columns**2 if labels is None else len(labels)
         self.frames: list[Tensor] = []
 
@@ -257,21 +255,21 @@ class ProgressGIF(Callback):
     def at_rest(self, state: TrainState) -> None:
         if state.batch == 0 and state.log:
             captions = ["before training"] + [f"epoch {row['epoch']}{_fid(row)}" for row in state.log]
-            pictures = [plots.captioned(frame.numpy(), caption) for frame, caption in zip(self.frames, captions)]
-            plots.write_gif(self.path, torch.from_numpy(np.stack(pictures)))
+            pictures = [images.captioned(frame.numpy(), caption) for frame, caption in zip(self.frames, captions)]
+            images.write_gif(self.path, torch.from_numpy(np.stack(pictures)))
 
     def _draw(self, number: int) -> None:
         with self.signals.at_once():  # a resumed run draws the frame again, in the same place
             rng = keyed_generator("cpu", self.seed, "progress")
-            images = to_uint8(self.model.sample(self.n, self.labels, rng, **self.options))
-        self.frames[number:] = [torch.from_numpy(plots.image_grid(images, self.columns))]
+            samples = to_uint8(self.model.sample(self.n, self.labels, rng, **self.options))
+        self.frames[number:] = [torch.from_numpy(images.image_grid(samples, self.columns))]
 
     def state_dict(self) -> dict:
         return {"frames": torch.stack(self.frames)} if self.frames else {}
 
     def load_state_dict(self, saved: dict) -> None:
         self.frames = list(saved.get("frames", []))
-        blank = plots.image_grid(torch.zeros(self.n, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), self.columns)
+        blank = images.image_grid(torch.zeros(self.n, 1, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8), self.columns)
         if any(frame.shape != blank.shape or frame.dtype != torch.uint8 for frame in self.frames):
             raise ValueError("the GIF's frames are of another size")
 
@@ -283,48 +281,121 @@ def _fid(row: dict[str, float]) -> str:
 class CSVLogger(Callback):
     """Rewrites the whole log after every epoch, so that each epoch stands in it once, resumed or not.
 
-    `optimizers` are named as the columns of their learning rates: those that the next step will take.
+    `rates` maps a column to the optimizer whose learning rate, that of the next step, stands there.
     """
 
-    def __init__(self, path: Path, optimizers: dict[str, torch.optim.Optimizer]):
-        self.path, self.optimizers = path, optimizers
+    def __init__(self, path: Path, rates: dict[str, torch.optim.Optimizer]):
+        self.path = path
+        self.rates = rates
 
     def after_epoch(self, state: TrainState) -> None:
-        for name, optimizer in self.optimizers.items():
-            state.row[name] = optimizer.param_groups[0]["lr"]
+        for column, optimizer in self.rates.items():
+            state.row[column] = optimizer.param_groups[0]["lr"]
 
     def at_rest(self, state: TrainState) -> None:
         if state.batch == 0 and state.log:
             write_csv(self.path, state.log)
 
 
-class StateSaver(Callback):
-    """Writes all that a resumed run needs: after every epoch, every minute, and when a signal asks to stop.
+class ProgressBar(Callback):
+    """A bar over the whole run: losses, FID, best FID, images/s, time left. Without a terminal: one line an epoch."""
 
-    `parts` are the objects with a `state_dict` (networks, optimizers, callbacks) by name. Of several processes, all stop
-    where one is asked to, and the first one writes.
+    FETCH_SECONDS = 2.0  # losses are fetched from the device no more often than this
+
+    def __init__(self, total_images: int, epochs: int):
+        self.total_images = total_images
+        self.epochs = epochs
+        self.bar: Any = None
+
+    def on_start(self, state: TrainState) -> None:
+        self.bar = tqdm(
+            total=self.total_images,
+            initial=state.images,
+            unit="img",
+            unit_scale=True,
+            smoothing=0,
+            dynamic_ncols=True,
+            disable=not (sys.stderr and sys.stderr.isatty()),
+        )
+        self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}")
+        self.fetched = time.perf_counter()
+
+    def after_step(self, state: TrainState) -> None:
+        self.bar.update(state.images - self.bar.n)
+        if time.perf_counter() - self.fetched > self.FETCH_SECONDS:
+            self._show(state, state.mean_losses())  # without a terminal too: a loss that is not finite ends the run here
+            self.fetched = time.perf_counter()
+
+    def after_epoch(self, state: TrainState) -> None:
+        self._show(state, state.row)
+        if self.bar.disable:
+            state.tick()
+            rate = state.images / state.seconds
+            left = datetime.timedelta(seconds=round((self.total_images - state.images) / rate))
+            figures = self._figures(state, state.row)
+            say(f"epoch {state.epoch + 1}/{self.epochs}  {figures}  {rate:.0f} img/s  {left} left")
+
+    def on_end(self, state: TrainState) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _show(self, state: TrainState, row: dict[str, Any]) -> None:
+        self.bar.set_description(f"epoch {state.epoch + 1}/{self.epochs}", refresh=False)
+        self.bar.set_postfix_str(self._figures(state, row))
+
+    def _figures(self, state: TrainState, row: dict[str, Any]) -> str:
+        last = state.log[-1] if state.log else {}
+        shown = [f"{name} {value:.3f}" for name, value in row.items() if name.startswith("loss")]
+        scored = row if "fid" in row else last
+        if "fid" in scored:
+            shown.append(f"FID {scored['fid']:.3f}")
+        if "label_accuracy" in scored:
+            shown.append(f"label accuracy {100 * scored['label_accuracy']:.2f} %")
+        if warning := (row if "epoch" in row else last).get("warning"):
+            shown.append(f"({warning})")
+        if state.best_epoch:
+            shown.append(f"best {state.best_fid:.3f} @{state.best_epoch}")
+        return "  ".join(shown)
+
+
+class Stateful(Protocol):
+    """A network, an optimizer or a callback."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, saved: dict[str, Any], /) -> Any: ...
+
+
+class StateSaver(Callback):
+    """Writes everything that a resumed run needs: after every epoch, every minute, and when a signal asks to stop.
+
+    `parts` are networks, optimizers and callbacks by name. With several processes, all stop when one is asked to, and the
+    first one writes.
     """
 
     SECONDS = 60.0
 
-    def __init__(self, path: Path, parts: dict[str, object], header: dict, signals: StopSignals):
-        self.path, self.parts, self.header, self.signals = path, parts, header, signals
+    def __init__(self, path: Path, parts: dict[str, Stateful], header: dict, signals: StopSignals):
+        self.path = path
+        self.parts = parts
+        self.header = header
+        self.signals = signals
         self.saved_at = time.monotonic()
 
     def at_rest(self, state: TrainState) -> None:
         try:
             signum = distributed.largest(self.signals.received)
-        except distributed.Left:  # it may have been told to stop, as we were
+        except distributed.Left:  # the other process may have been asked to stop, as this one was
             signum = self.signals.received
             if not signum:
                 raise
         if signum:
-            raise Interrupted(signum)  # the trainer saves, then lets the process end
+            raise Interrupted(signum)  # the run saves, then ends
         if state.batch == 0 or time.monotonic() - self.saved_at > self.SECONDS:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Write the file; a state with a loss or weight that is not finite is refused with `ExpectedError`."""
+        """Write the file. `ExpectedError`: a loss or a weight is not finite, and the file is kept as it was."""
         if not is_first():
             return
         state.mean_losses()
@@ -340,6 +411,6 @@ def _check_finite(parts: dict[str, dict], step: int) -> None:
         for key, value in part.items():
             if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
                 raise ExpectedError(
-                    f"{name} {key} is not finite at step {step}; the files on disk hold the last good state: "
-                    "lower --lr, then start again"
+                    f"{name} {key} is not finite at step {step}; the files hold the last good state: lower --lr, then "
+                    "start again"
                 )

@@ -1,8 +1,8 @@
 """MNIST, or scikit-learn's embedded digits, as one uint8 tensor on the training device.
 
-Sole owner of the image size and of the scaling: the data set is uint8 [N, 1, 28, 28] in 0..255, the models see float
-in [-1, 1]. There are no loader workers: a batch is an index into a permutation seeded by (seed, epoch), so the order
-is reproducible and a run can resume in the middle of an epoch.
+The data set is uint8 [N, 1, 28, 28] in 0..255; the models see float in [-1, 1]. Image size and scaling are defined here
+alone. There are no loader workers. A batch is an index into a permutation seeded by (seed, epoch). So the order is
+reproducible, and a run can resume in the middle of an epoch.
 """
 
 from __future__ import annotations
@@ -12,19 +12,21 @@ import gzip
 import hashlib
 import os
 import socket
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils import ExpectedError, UsageError, keyed_generator
+from files import ExpectedError, UsageError
+from utils import keyed_generator
 
 IMAGE_SIZE = 28
 NUM_CLASSES = 10
 DATASETS = ("mnist", "digits")
 
-# (images, labels) of each split with the SHA-256 of the decompressed IDX files, as published with MNIST.
+# (images, labels) of each split, with the published SHA-256 of the decompressed IDX files
 MNIST_FILES = {
     "train": (
         ("train-images-idx3-ubyte", "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db"),
@@ -36,7 +38,7 @@ MNIST_FILES = {
     ),
 }
 MIRROR_TIMEOUT = 30.0  # seconds without an answer before the next mirror is tried
-IMAGE_HEADER_BYTES, LABEL_HEADER_BYTES = 16, 8  # IDX: magic and one big-endian uint32 per dimension
+IMAGE_HEADER_BYTES, LABEL_HEADER_BYTES = 16, 8  # IDX: a magic number, then one big-endian uint32 per dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,9 @@ class Digits:
         return len(self.images)
 
     def subset(self, n: int, *key: int | str) -> Digits:
-        """`n` random items, drawn without replacement by a generator seeded with `key`: never the first `n`."""
+        """`n` random items, drawn without replacement by a generator seeded with `key`. `ValueError`: too many, or none."""
         if not 0 < n <= len(self):
-            raise ValueError(f"a subset of {n} was asked of {len(self)} items")
+            raise ValueError(f"a subset of {n} cannot be drawn from {len(self)} items")
         return self.select(torch.randperm(len(self), generator=keyed_generator("cpu", *key))[:n])
 
     def select(self, index: torch.Tensor) -> Digits:
@@ -68,18 +70,24 @@ def default_data_dir() -> str:
 
 
 def load_digits(
-    name: str, split: str, data_dir: str | os.PathLike, device: torch.device | str = "cpu", limit: int = 0, seed: int = 0
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike[str],
+    device: torch.device | str = "cpu",
+    limit: int = 0,
+    seed: int = 0,
 ) -> Digits:
     """A split of `mnist` (60,000 / 10,000) or of the embedded `digits` (1,437 / 360) as one tensor on `device`.
 
     Args:
         split: `train` or `test`.
-        data_dir: torchvision's root; the files are looked for (and downloaded to) `data_dir/MNIST/raw`.
-        limit: keep this many random items (fixed by `seed`); 0 keeps all.
+        data_dir: torchvision's root. The files are read from, and downloaded to, `data_dir/MNIST/raw`.
+        limit: keep this many random items, fixed by `seed`. 0 keeps all.
 
     Raises:
         ExpectedError: a file is missing and cannot be downloaded, or is not the published one.
         UsageError: `limit` is too large.
+        ValueError: another name or split.
     """
     if split not in MNIST_FILES:
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
@@ -92,8 +100,8 @@ def load_digits(
     return digits.subset(limit, "limit", seed) if limit else digits
 
 
-def has_mnist(data_dir: str | os.PathLike) -> bool:
-    """Whether all four files lie in `data_dir/MNIST/raw`, plain or gzipped (their content is checked on loading)."""
+def has_mnist(data_dir: str | os.PathLike[str]) -> bool:
+    """Whether all four files are in `data_dir/MNIST/raw`, plain or gzipped. Loading checks their content."""
     raw = Path(data_dir) / "MNIST" / "raw"
     names = [name for files in MNIST_FILES.values() for name, _ in files]
     return all((raw / name).is_file() or (raw / f"{name}.gz").is_file() for name in names)
@@ -105,10 +113,10 @@ def to_model_range(images: torch.Tensor) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Float in [-1, 1] -> uint8 0..255, rounded once; values outside are clipped. Inverse of `to_model_range`.
+    """Float in [-1, 1] -> uint8 0..255, rounded; values outside are clipped. Inverse of `to_model_range`.
 
     Raises:
-        ExpectedError: a pixel is not finite: the model that drew it is broken.
+        ExpectedError: a pixel is not finite, so the model that drew it is broken.
     """
     if not torch.isfinite(images).all():
         raise ExpectedError("the generator's samples are not finite; train it again, with a lower --lr")
@@ -120,7 +128,7 @@ def epoch_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of one epoch from number `start` on: (float [B, 1, 28, 28] in [-1, 1], int64 [B]).
 
-    The last, incomplete batch is left out: batch statistics and step counts stay the same throughout an epoch.
+    An incomplete last batch is left out, so every step has the same number of images.
 
     Raises:
         UsageError: the data set is smaller than one batch.
@@ -132,7 +140,7 @@ def epoch_batches(
 
 
 def batches_per_epoch(digits: Digits, batch_size: int) -> int:
-    """Full batches in the data set; `UsageError` if there is none."""
+    """The number of full batches in the data set. `UsageError` if there is none."""
     if batch_size > len(digits):
         raise UsageError(f"--batch-size {batch_size} is more than the {len(digits)} training digits; choose a smaller one")
     return len(digits) // batch_size
@@ -149,11 +157,11 @@ def _read_mnist(data_dir: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _read_checked(path: Path, sha256: str) -> np.ndarray:
-    """The decompressed bytes of `path` or of `path`.gz, as a writable array, if their hash is the published one."""
+    """The decompressed bytes of `path` or `path`.gz, as a writable array. `ExpectedError` unless their hash is right."""
     source = path if path.is_file() else path.with_name(f"{path.name}.gz")
     try:
         content = bytearray(source.read_bytes() if source == path else gzip.decompress(source.read_bytes()))
-    except (OSError, EOFError, gzip.zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ExpectedError(f"cannot read {source} ({error}); delete it and run again to download it") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ExpectedError(f"{source} is not the published MNIST file (its SHA-256 differs); delete it and run again")
@@ -161,7 +169,7 @@ def _read_checked(path: Path, sha256: str) -> np.ndarray:
 
 
 def _download_mnist(data_dir: Path) -> None:
-    """Let torchvision fetch the four files (two mirrors, progress shown) into `data_dir/MNIST/raw`."""
+    """Let torchvision download the four files, from two mirrors and with progress, into `data_dir/MNIST/raw`."""
     from torchvision.datasets import MNIST  # a slow import, needed only here
 
     timeout = socket.getdefaulttimeout()
@@ -179,9 +187,9 @@ def _download_mnist(data_dir: Path) -> None:
 
 
 def _read_embedded_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """scikit-learn's 1,797 handwritten 8x8 digits (0..16), enlarged to 20x20 and centred in 28x28 as MNIST's are.
+    """scikit-learn's 1,797 handwritten 8x8 digits, enlarged to 20x20 and centred in 28x28 as MNIST's are.
 
-    Split 80/20 by a fixed permutation (they come without a split of their own).
+    They come without a split: a fixed permutation splits them 80/20.
     """
     from sklearn.datasets import load_digits as load_sklearn_digits
 

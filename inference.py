@@ -1,12 +1,17 @@
-"""Draw the digits that are asked for from a conditional model: a PNG for each sample and a strip for each digit."""
+"""Draw chosen digits with a class-conditional model: a PNG for each sample, and a strip for each digit."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from flags import ArgumentParser, add_sampling_flags, panel_count, sampling_options, seed_number
-from utils import UsageError, choose_device, keyed_generator, run_script
+from cli import DEVICE_HELP, SEED, ArgumentParser, add_sampling_flags, integer, run_script, sampling_options
+from files import UsageError
+from utils import choose_device, keyed_generator
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STRIP_COLUMNS = 20  # a longer strip goes on in a second row
 
@@ -23,24 +28,24 @@ def digit_choice(text: str) -> str | int:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--model", default="checkpoints/best_CGAN_G.pt", help="checkpoint of a conditional model")
+    flag("--model", default="checkpoints/best_CGAN_G.pt", help="checkpoint of a class-conditional model")
     flag("--digit", type=digit_choice, nargs="+", default=["all"], help="digits to draw, such as 9, or 3 5 8, or all")
-    flag("--samples", type=panel_count, default=10, help="samples of each digit")
+    flag("--samples", type=integer(1, 1024), default=10, help="samples of each digit")
     flag("--outdir", default="digit_samples", help="folder for the pictures; those of the same name are replaced")
     add_sampling_flags(parser)
-    flag("--seed", type=seed_number, default=0, help="seed of the noise; a digit looks the same whatever others are drawn")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flag("--seed", type=SEED, default=0, help="seed of the noise; a digit looks the same whatever others are drawn")
+    flag("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     if args.guidance == 0:
-        parser.error("--guidance 0 would not look at the digit; leave it out, or use infer.py")
+        parser.error("--guidance 0 would ignore the digit; leave it out, or use infer.py")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    import plots
     from checkpoint import load_generator
+    from figures.images import image_grid, write_png
 
     generator = load_generator(args.model, choose_device(args.device))
     options = sampling_options(args, generator, args.model)
@@ -49,10 +54,10 @@ def main(argv: list[str] | None = None) -> None:
         images = draw(generator, digit, args.samples, args.seed, options)
         for number, image in enumerate(images, start=1):
             path = folder / f"digit_{digit}_{number:03d}.png"
-            plots.write_png(path, image[0].numpy())
+            write_png(path, image[0].numpy())
             print(path)
         strip = folder / f"digit_{digit}.png"
-        plots.write_png(strip, plots.image_grid(images, columns=min(args.samples, STRIP_COLUMNS)))
+        write_png(strip, image_grid(images, columns=min(args.samples, STRIP_COLUMNS)))
         print(strip)
 
 
@@ -64,17 +69,17 @@ def chosen_digits(choices: list[str | int], num_classes: int, model: str) -> lis
     """
     if not num_classes:
         raise UsageError(
-            f"{model} is unconditional: no digit can be asked of it; give a conditional checkpoint (best_CGAN_G.pt, "
+            f"{model} is unconditional, so it cannot draw a chosen digit; give a conditional checkpoint (best_CGAN_G.pt, "
             "best_DIFF.pt), or use infer.py"
         )
-    digits = set(range(num_classes)) if "all" in choices else set(choices)
+    digits = set(range(num_classes)) if "all" in choices else {int(choice) for choice in choices}
     if missing := sorted(digit for digit in digits if digit >= num_classes):
-        raise UsageError(f"{model} has no digit {missing[0]}, only 0..{num_classes - 1}; ask for one of those")
+        raise UsageError(f"{model} has no digit {missing[0]}, only 0..{num_classes - 1}; give one of those")
     return sorted(digits)
 
 
-def draw(generator, digit: int, n: int, seed: int, options: dict):
-    """uint8 [n, 1, 28, 28] samples of `digit` on the CPU, the same whatever other digits are drawn."""
+def draw(generator: Any, digit: int, n: int, seed: int, options: dict[str, Any]) -> Tensor:
+    """Samples of `digit`, uint8 [n, 1, 28, 28] on the CPU. They do not depend on the other digits that are drawn."""
     import torch
 
     from data import to_uint8

@@ -1,58 +1,58 @@
-"""The networks, their configuration dataclasses and the registry that checkpoints and scripts build them from.
+"""The generators and discriminators, their configs, and the registry that checkpoints and scripts build networks from.
 
-Images are float [B, 1, 28, 28] in [-1, 1]; labels are int64 [B] in 0..num_classes-1. A config is carried in every
-checkpoint, so sampling needs no architecture flags. Every generator has `config.num_classes`, and is sampled in one way:
+Images are float [B, 1, 28, 28] in [-1, 1]. Labels are int64 [B] in 0..num_classes-1. Every checkpoint holds its config, so
+sampling needs no architecture flags. Every generator has `config.num_classes` and one sampling method:
 
     generator.sample(n, labels=None, rng=None, *, chunk_size=..., rows=slice(None), **options) -> float32 [n, 1, 28, 28]
 
-in [-1, 1], in eval mode; each network evaluation is a call of the generator itself.
+It samples in eval mode. Each network evaluation is a call of the generator itself, so that hooks can count them.
 
-    labels: int64 [n], the classes to draw; None where the model has none, or is free to choose.
-    rng: CPU generator of all randomness; None uses torch's global one.
-    chunk_size: images per forward pass; it bounds the memory and does not change the noise.
-    rows: which of the n images are computed and returned; they do not depend on it.
-    options: those that its class names in `SAMPLE_OPTIONS`. Where there are any, `sample_options(asked=False, **options)`
-        fills in the defaults (`asked`: with labels), and `evaluations(**options)` says how many an image takes.
+    labels: int64 [n], the classes to draw. None: an unconditional model has none, the conditional DCGAN draws them
+        uniformly, and the DDPM samples its null class.
+    rng: CPU generator of all randomness. None: torch's global one.
+    chunk_size: images in a forward pass. It bounds the memory and does not change the noise.
+    rows: which of the n images to compute and return. They do not depend on it.
+    options: those named in the class's `SAMPLE_OPTIONS`. A class that has any also has `sample_options(with_labels,
+        **options)`, which fills in the defaults, and `evaluations(**options)`, the network evaluations of one image.
 
-It raises `ValueError` for an `n` below 1, labels of a wrong shape or outside its classes, and options out of their bounds.
+`sample` raises `ValueError` for n below 1, labels of a wrong shape or class, and options out of their bounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
-import diffusion
-from classifier import ClassifierConfig, DigitClassifier
-from interface import check_bounds, check_choice, check_int, check_option, check_request, evaluating
-from unet import UNet
+from diffusion import process, samplers
+from diffusion.options import OPTION_NAMES, SamplingOptions
+from networks.checks import check_choice, check_int, check_request, evaluating
+from networks.classifier import ClassifierConfig, DigitClassifier
+from networks.unet import UNet
 from utils import autocast
 
-NORMS, PRECISIONS = ("batch", "spectral", "none"), ("fp32", "bf16")
-DEFAULT_STEPS, DEFAULT_ETA, DIGIT_ETA = 15, 2.5, 0.8  # by benchmarks/samplers.py; eta for any digit, for one on demand
-MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}
-MAX_GUIDANCE = 100  # far beyond where samples are still digits
-CHUNK_SIZE = {"cpu": 250, "cuda": 2000}  # images in an evaluation, see benchmarks/README.md
+NORMS = ("batch", "spectral", "none")
+CHUNK_SIZE = {"cpu": 250, "cuda": 2000}  # images of one evaluation in diffusion sampling, see docs/speed.md
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# DCGAN (Radford et al. 2016), unconditional (num_classes = 0) or conditional
+# DCGAN (Radford et al. 2016), unconditional (num_classes = 0) or class-conditional
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    """`width` is the number of channels per unit: 4, 2 units at 7x7, 14x14. `num_classes=0` is unconditional."""
+    """`width`: channels are 4, 2 and 1 times the width at 7x7, 14x14 and 28x28. `num_classes=0`: unconditional."""
 
     latent_dim: int = 100
     width: int = 64
     num_classes: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_int(self, "latent_dim", 1, 4096)
         check_int(self, "width", 1, 512)
         check_int(self, "num_classes", 0, 1000)
@@ -60,20 +60,20 @@ class GeneratorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Mirror of the generator. `norm`: `batch` (DCGAN), `spectral` (Miyato et al. 2018) or `none`."""
+    """The mirror image of the generator. `norm`: `batch` (DCGAN), `spectral` (Miyato et al. 2018) or `none`."""
 
     width: int = 64
     num_classes: int = 0
     norm: str = "batch"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_int(self, "width", 1, 512)
         check_int(self, "num_classes", 0, 1000)
         check_choice(self, "norm", NORMS)
 
 
 class ClassBatchNorm2d(nn.Module):
-    """Batch normalisation with a gain and bias per class (Dumoulin et al. 2017); plain BatchNorm2d for 0 classes."""
+    """Batch normalisation with a gain and bias for each class (Dumoulin et al. 2017). Plain BatchNorm2d for 0 classes."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
@@ -89,7 +89,8 @@ class ClassBatchNorm2d(nn.Module):
         x = self.norm(x)  # [B, C, H, W]
         if self.num_classes:
             # In the type of x: a gain of float32 would turn bf16 into float32
-            gain, bias = (table(labels)[:, :, None, None].to(x.dtype) for table in (self.gain, self.bias))
+            gain = self.gain(labels)[:, :, None, None].to(x.dtype)
+            bias = self.bias(labels)[:, :, None, None].to(x.dtype)
             x = torch.addcmul(bias, x, gain)
         return x
 
@@ -97,37 +98,43 @@ class ClassBatchNorm2d(nn.Module):
 class Generator(nn.Module):
     """DCGAN generator: latent [B, latent_dim] ~ N(0, I) -> image [B, 1, 28, 28] in [-1, 1], at 7 -> 14 -> 28 pixels.
 
-    The paper's transposed convolutions, with a residual 3x3 convolution at 7x7 and at 14x14: at equal cost, depth
-    pays more than width, because strokes have to agree over the whole digit. A class acts on every normalisation, and
-    on the first layer as if its one-hot vector were part of the latent (Mirza & Osindero 2014).
+    The paper's transposed convolutions, with a residual 3x3 convolution at 7x7 and at 14x14. At equal cost, depth pays more
+    than width: strokes have to agree over the whole digit. The class acts on every normalisation. It also acts on the first
+    layer, as if its one-hot vector were part of the latent (Mirza & Osindero 2014).
     """
 
-    SAMPLE_OPTIONS = ()
+    SAMPLE_OPTIONS: tuple[str, ...] = ()
 
     def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.config = config
-        w, k = config.width, config.num_classes
+        w = config.width
+        k = config.num_classes
         # A linear layer is the transposed convolution of a 1x1 input, without the convolution's overhead.
         self.stem = nn.Linear(config.latent_dim, 4 * w * 7 * 7)
         self.stem_class = nn.Embedding(k, 4 * w * 7 * 7) if k else None
-        self.norm7a, self.conv7 = ClassBatchNorm2d(4 * w, k), nn.Conv2d(4 * w, 4 * w, 3, padding=1)
-        self.norm7b, self.up14 = ClassBatchNorm2d(4 * w, k), nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
-        self.norm14a, self.conv14 = ClassBatchNorm2d(2 * w, k), nn.Conv2d(2 * w, 2 * w, 3, padding=1)
-        self.norm14b, self.up28 = ClassBatchNorm2d(2 * w, k), nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1)
-        self.norm28, self.conv28 = ClassBatchNorm2d(w, k), nn.Conv2d(w, 1, 3, padding=1)
+        self.norm7a = ClassBatchNorm2d(4 * w, k)
+        self.conv7 = nn.Conv2d(4 * w, 4 * w, 3, padding=1)
+        self.norm7b = ClassBatchNorm2d(4 * w, k)
+        self.up14 = nn.ConvTranspose2d(4 * w, 2 * w, 4, stride=2, padding=1)
+        self.norm14a = ClassBatchNorm2d(2 * w, k)
+        self.conv14 = nn.Conv2d(2 * w, 2 * w, 3, padding=1)
+        self.norm14b = ClassBatchNorm2d(2 * w, k)
+        self.up28 = nn.ConvTranspose2d(2 * w, w, 4, stride=2, padding=1)
+        self.norm28 = ClassBatchNorm2d(w, k)
+        self.conv28 = nn.Conv2d(w, 1, 3, padding=1)
         self.apply(_init_weights)
-        if k:
+        if self.stem_class is not None:
             nn.init.zeros_(self.stem_class.weight)
 
     def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
-        x = self.stem(z)
+        x = self.stem(z)  # [B, 7 * 7 * 4w]
         if self.stem_class is not None:
             x = x + self.stem_class(labels)
         x = x.unflatten(1, (7, 7, -1)).permute(0, 3, 1, 2)  # [B, 4w, 7, 7], channels last in memory
-        x = x + self.conv7(F.relu(self.norm7a(x, labels)))
+        x = x + self.conv7(F.relu(self.norm7a(x, labels)))  # [B, 4w, 7, 7]
         x = self.up14(F.relu(self.norm7b(x, labels)))  # [B, 2w, 14, 14]
-        x = x + self.conv14(F.relu(self.norm14a(x, labels)))
+        x = x + self.conv14(F.relu(self.norm14a(x, labels)))  # [B, 2w, 14, 14]
         x = self.up28(F.relu(self.norm14b(x, labels)))  # [B, w, 28, 28]
         x = self.conv28(F.relu(self.norm28(x, labels)))  # [B, 1, 28, 28]
         return torch.tanh(x.float())
@@ -142,7 +149,7 @@ class Generator(nn.Module):
         chunk_size: int = 500,
         rows: slice = slice(None),
     ) -> Tensor:
-        """Draw `n` images, as described above; without `labels`, a model with classes draws those from `rng`, uniformly."""
+        """Draw `n` images, as described at the head of this file."""
         check_request(n, labels, self.config.num_classes, chunk_size)
         z = torch.randn(n, self.config.latent_dim, generator=rng)
         if labels is None and self.config.num_classes:
@@ -153,10 +160,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """DCGAN discriminator: image [B, 1, 28, 28] -> logit [B] (large: real); with labels [K, B], K logits for each image.
+    """DCGAN discriminator: image [B, 1, 28, 28] -> logit [B], large for real images. Labels [K, B] give logits [K, B].
 
-    With classes, a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner product of the class
-    embedding with the features that the last layer sees. They are not sum-pooled as in the paper: where a stroke lies
+    With classes it is a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner product of the
+    class embedding and the features of the last layer. The features are not sum-pooled as in the paper: where a stroke lies
     is what tells digits apart.
     """
 
@@ -165,10 +172,14 @@ class Discriminator(nn.Module):
         self.config = config
         w = config.width
         self.conv28 = nn.Conv2d(1, w, 3, padding=1)
-        self.down14, self.norm14a = nn.Conv2d(w, 2 * w, 4, stride=2, padding=1), self._norm(2 * w)
-        self.conv14, self.norm14b = nn.Conv2d(2 * w, 2 * w, 3, padding=1), self._norm(2 * w)
-        self.down7, self.norm7a = nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1), self._norm(4 * w)
-        self.conv7, self.norm7b = nn.Conv2d(4 * w, 4 * w, 3, padding=1), self._norm(4 * w)
+        self.down14 = nn.Conv2d(w, 2 * w, 4, stride=2, padding=1)
+        self.norm14a = self._norm(2 * w)
+        self.conv14 = nn.Conv2d(2 * w, 2 * w, 3, padding=1)
+        self.norm14b = self._norm(2 * w)
+        self.down7 = nn.Conv2d(2 * w, 4 * w, 4, stride=2, padding=1)
+        self.norm7a = self._norm(4 * w)
+        self.conv7 = nn.Conv2d(4 * w, 4 * w, 3, padding=1)
+        self.norm7b = self._norm(4 * w)
         self.head = nn.Linear(4 * w * 7 * 7, 1)
         self.embed = nn.Embedding(config.num_classes, 4 * w * 7 * 7) if config.num_classes else None
         self.apply(_init_weights)
@@ -183,31 +194,32 @@ class Discriminator(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         x = self.down14(F.leaky_relu(self.conv28(x), 0.2))  # [B, 2w, 14, 14]
-        x = x + self.conv14(F.leaky_relu(self.norm14a(x), 0.2))
+        x = x + self.conv14(F.leaky_relu(self.norm14a(x), 0.2))  # [B, 2w, 14, 14]
         x = self.down7(F.leaky_relu(self.norm14b(x), 0.2))  # [B, 4w, 7, 7]
-        x = x + self.conv7(F.leaky_relu(self.norm7a(x), 0.2))
+        x = x + self.conv7(F.leaky_relu(self.norm7a(x), 0.2))  # [B, 4w, 7, 7]
         x = F.leaky_relu(self.norm7b(x), 0.2)
         x = x.permute(0, 2, 3, 1).flatten(1)  # [B, 7 * 7 * 4w]; channels last, so no copy
-        logit = self.head(x).squeeze(1)
+        logit = self.head(x).squeeze(1)  # [B]
         if self.embed is not None:
-            logit = logit + (self.embed(labels) * x).sum(-1)
+            logit = logit + (self.embed(labels) * x).sum(-1)  # [B] or [K, B]
         return logit.float()
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Normal weights of He et al. 2015, eq. 15, with the slope of the leaky ReLUs; the biases are zero."""
+    """Normal weights of He et al. 2015, eq. 15, with the slope of the leaky ReLUs. Biases are zero."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, a=0.2)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# DDPM (Ho et al. 2020): unconditional and class-conditional in one network
+# DDPM (Ho et al. 2020), unconditional and class-conditional in one network
 
 
 @dataclasses.dataclass(frozen=True)
 class DDPMConfig:
-    """`width`: channels of the U-Net at 28x28; the others: see diffusion.py. `num_classes=0` is unconditional."""
+    """`width`: channels of the U-Net at 28x28. The others: see diffusion/process.py. `num_classes=0`: unconditional."""
 
     width: int = 16
     num_classes: int = 10
@@ -215,78 +227,50 @@ class DDPMConfig:
     schedule: str = "cosine"
     prediction: str = "v"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_int(self, "width", 8, 128, step=8)
         check_int(self, "num_classes", 0, 1000)
         check_int(self, "timesteps", 2, 100_000)
-        check_choice(self, "schedule", diffusion.SCHEDULES)
-        check_choice(self, "prediction", diffusion.PREDICTIONS)
+        check_choice(self, "schedule", process.SCHEDULES)
+        check_choice(self, "prediction", process.PREDICTIONS)
 
 
 class DDPM(nn.Module):
-    """A U-Net and its noise schedule. The null class, `num_classes`, stands for "any digit"."""
+    """A U-Net with its noise schedule. The null class, number `num_classes`, stands for unconditional predictions."""
 
-    SAMPLE_OPTIONS = ("sampler", "steps", "guidance", "eta", "precision", "watch")
+    SAMPLE_OPTIONS = (*OPTION_NAMES, "watch")
+
+    alpha: Tensor
+    sigma: Tensor
 
     def __init__(self, config: DDPMConfig):
         super().__init__()
         self.config = config
         self.unet = UNet(config.width, config.num_classes)
-        self.levels = diffusion.noise_levels(config.schedule, config.timesteps)
-        for name in ("alpha", "sigma"):  # they follow from the config
+        self.levels = process.noise_levels(config.schedule, config.timesteps)
+        for name in ("alpha", "sigma"):  # not saved: they follow from the config
             self.register_buffer(name, torch.tensor([getattr(level, name) for level in self.levels]), persistent=False)
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
-        """The network's prediction, [B, 1, 28, 28], for noisy x at times int64 [B] and labels [B] in 0..num_classes."""
+        """The prediction [B, 1, 28, 28] for noisy x at times int64 [B], with labels int64 [B] in 0..num_classes."""
         return self.unet(x, time * (1000 / self.config.timesteps), labels)
 
-    def examples(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        rng: torch.Generator,
-        label_dropout: float = 0.0,
-        time_power: float = 1.0,
-        expected: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[Tensor, ...]:
-        """What `loss` takes, (x_t, times [B], labels or null [B], targets), of images [B, 1, 28, 28] in [-1, 1], labels [B].
+    def denoise(self, x: Tensor, level: process.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
+        """The network's estimate of x0, in [-1, 1], for x [B, 1, 28, 28] at a noise level. The samplers call it.
 
-        Args:
-            rng: generator on the images' device, of times, noise and dropped labels.
-            label_dropout: the share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1).
-            time_power: how the times are distributed, see `diffusion.stratified_times`.
-            expected: (x_t, x0, labels or null, alpha, sigma) -> the x0 to aim at instead, see denoising.StableTargets.
-        """
-        time = diffusion.stratified_times(len(images), self.config.timesteps, rng, time_power)  # [B]
-        alpha, sigma = (levels[time][:, None, None, None] for levels in (self.alpha, self.sigma))  # [B, 1, 1, 1]
-        eps = torch.randn(images.shape, generator=rng, device=images.device)
-        share = label_dropout if self.config.num_classes else 1.0
-        dropped = torch.rand(len(labels), generator=rng, device=images.device) < share  # rand is below 1
-        labels = labels.masked_fill(dropped, self.config.num_classes)
-        x = diffusion.diffuse(images, eps, alpha, sigma)
-        if expected:
-            mean = expected(x, images, labels, alpha, sigma)
-            images, eps = mean, eps + alpha / sigma * (images - mean)  # that mix to the same x
-        return x, time, labels, diffusion.target(self.config.prediction, images, eps, alpha, sigma)
-
-    def loss(self, x: Tensor, time: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-        """Mean squared error of the prediction for such examples, scalar (Ho et al. 2020, eq. 14)."""
-        return F.mse_loss(self(x, time, labels), target)
-
-    def denoise(self, x: Tensor, level: diffusion.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
-        """The network's estimate of x0, in [-1, 1], for x at a noise level: what the samplers call.
-
-        Guidance w gives u + w (c - u), from the predictions c for the labels and u for the null class (Ho & Salimans 2022,
-        eq. 6, whose w is ours minus 1): 0 is u, 1 is c. Any other costs both in diffusion.GUIDANCE_RANGE, and is c outside.
+        Guidance scale w gives u + w (c - u), where c is the prediction for the labels and u that for the null class (Ho &
+        Salimans 2022, eq. 6, whose w is ours minus 1). So 0 is u, and 1 is c. Another scale takes two evaluations within
+        `samplers.GUIDANCE_RANGE`, and is c outside.
         """
         time = torch.full((len(x),), level.time, device=x.device)
         null = torch.full_like(labels, self.config.num_classes)
-        if diffusion.evaluations(level, guidance) == 1:
+        if samplers.evaluations(level, guidance) == 1:
             output = self(x, time, null if guidance == 0 else labels)
         else:
             both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([null, labels]))
-            output = torch.lerp(*both.chunk(2), guidance)
-        return diffusion.clean_estimate(self.config.prediction, output, x, level.alpha, level.sigma).clamp(-1, 1)
+            unconditional, conditional = both.chunk(2)
+            output = torch.lerp(unconditional, conditional, guidance)
+        return process.clean_estimate(self.config.prediction, output, x, level.alpha, level.sigma).clamp(-1, 1)
 
     @torch.no_grad()
     def sample(
@@ -295,44 +279,35 @@ class DDPM(nn.Module):
         labels: Tensor | None = None,
         rng: torch.Generator | None = None,
         *,
-        sampler: str = "dpm-solver++",
-        steps: int | None = None,
-        guidance: float = 1.0,
-        eta: float | None = None,
-        precision: str = "fp32",
         chunk_size: int | None = None,
-        watch: Callable[[Tensor, diffusion.Level], None] | None = None,
+        watch: Callable[[Tensor, process.Level], None] | None = None,
         rows: slice = slice(None),
+        **options: Any,
     ) -> Tensor:
-        """Draw `n` images, as described above; without `labels`, of the null class.
+        """Draw `n` images, as described at the head of this file.
 
         Args:
-            sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral).
-            steps: network evaluations (pairs of them where guidance acts); by default 15, and every timestep for `ddpm`.
-            guidance: strength w of classifier-free guidance, see `denoise`; at most 100.
-            eta: how much noise a step renews: 0 is deterministic, 1 is as in `ddpm`. At most 10; by default DIGIT_ETA with
-                labels, DEFAULT_ETA without, and then below diffusion.RENEWED_BELOW; of `ddim` at most 1, by default 0.
-            precision: of the network's evaluations: `fp32`, or `bf16`, which is faster where the device has it.
             chunk_size: by default as many images as are fast on the device.
-            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation, level after level, to show them.
+            watch: called with x [chunk, 1, 28, 28] and its level before every evaluation.
+            options: fields of `SamplingOptions`.
         """
         chunk_size = CHUNK_SIZE[self.alpha.device.type] if chunk_size is None else chunk_size
         check_request(n, labels, self.config.num_classes, chunk_size)
-        how = {"sampler": sampler, "steps": steps, "guidance": guidance, "asked": labels is not None}
-        options = self.sample_options(**how, eta=eta, precision=precision)
-        grid = diffusion.GRIDS[sampler](self.levels, options["steps"])
-        draw, renewed = diffusion.SAMPLERS[sampler], {"eta": options["eta"]} if options["eta"] else {}
+        chosen = self._resolved(labels is not None, **options)
+        guidance = chosen.guidance if labels is not None else 1.0
+        grid = samplers.GRIDS[chosen.sampler](self.levels, chosen.steps)
+        stochasticity = {"eta": chosen.eta} if chosen.eta else {}
         if labels is None:
-            labels, guidance = torch.full((n,), self.config.num_classes), 1.0
-        elif guidance and sampler == "dpm-solver++":
-            renewed["renewed_below"] = float("inf")  # no digit can be favoured
+            labels = torch.full((n,), self.config.num_classes)
+        elif guidance and chosen.sampler == "dpm-solver++":
+            stochasticity["renewed_below"] = float("inf")  # the digit is given, so none can be drawn too often
         noise = torch.randn(n, 1, 28, 28, generator=rng)
         step_seed = int(torch.randint(2**62, (), generator=rng))
-        with evaluating(self) as device, autocast(device, precision):
+        with evaluating(self) as device, autocast(device, chosen.precision):
             labels = labels.to(device)
 
-            def denoise(x: Tensor, level: diffusion.Level) -> Tensor:
-                clean = torch.zeros_like(x)  # the samplers treat each image alone, so the other rows may be anything
+            def denoise(x: Tensor, level: process.Level) -> Tensor:
+                clean = torch.zeros_like(x)  # samplers treat each image alone, so rows that are not returned stay zero
                 chunks = (tensor[rows].split(chunk_size) for tensor in (x, labels, clean))
                 for images, classes, estimate in zip(*chunks):
                     if watch:
@@ -340,42 +315,27 @@ class DDPM(nn.Module):
                     estimate.copy_(self.denoise(images, level, classes, guidance))
                 return clean
 
-            return draw(denoise, noise.to(device), grid, torch.Generator(device).manual_seed(step_seed), **renewed)[rows]
+            step_rng = torch.Generator(device).manual_seed(step_seed)
+            return samplers.SAMPLERS[chosen.sampler](denoise, noise.to(device), grid, step_rng, **stochasticity)[rows]
 
-    def sample_options(
-        self,
-        *,
-        sampler: str = "dpm-solver++",
-        steps: int | None = None,
-        guidance: float = 1.0,
-        eta: float | None = None,
-        precision: str = "fp32",
-        asked: bool = False,
-    ) -> dict[str, str | int | float]:
-        """The options of `sample` with the defaults filled in, of digits that are `asked` for by labels; errors as there."""
-        check_option("sampler", sampler, diffusion.SAMPLERS)
-        check_option("precision", precision, PRECISIONS)
-        if steps is None:
-            steps = self.config.timesteps if sampler == "ddpm" else min(DEFAULT_STEPS, self.config.timesteps)
-        if type(steps) is not int or not 1 <= steps <= self.config.timesteps:
-            raise ValueError(f"steps must be an integer in 1..{self.config.timesteps}, the timesteps, not {steps!r}")
-        check_bounds("guidance", guidance, MAX_GUIDANCE)
-        if guidance != 1 and not self.config.num_classes:
-            raise ValueError("guidance has no classes to go by in an unconditional model")
-        if eta is None:
-            eta = (DIGIT_ETA if asked and guidance else DEFAULT_ETA) if sampler == "dpm-solver++" else 0.0
-        check_bounds(f"eta of {sampler}", eta, MAX_ETA[sampler])
-        return {"sampler": sampler, "steps": steps, "guidance": guidance, "eta": eta, "precision": precision}
+    def _resolved(self, with_labels: bool, **options: Any) -> SamplingOptions:
+        return SamplingOptions(**options).resolved(self.config.timesteps, self.config.num_classes, with_labels)
 
-    def evaluations(self, sampler: str, steps: int, guidance: float = 1.0, **_others: str | float) -> int:
-        """Network evaluations that an image takes, with such options of `sample`."""
-        return diffusion.evaluations_per_image(self.levels, sampler, steps, guidance)
+    def sample_options(self, with_labels: bool = False, **options: Any) -> dict[str, Any]:
+        """The fields of `SamplingOptions` with the defaults filled in. Errors as for `sample`."""
+        return dataclasses.asdict(self._resolved(with_labels, **options))
+
+    def evaluations(self, **options: Any) -> int:
+        """Network evaluations of one image, sampled with these options."""
+        chosen = self._resolved(False, **options)
+        grid = samplers.GRIDS[chosen.sampler](self.levels, chosen.steps)
+        return sum(samplers.evaluations(level, chosen.guidance) for level in grid[:-1])
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Registry: the name in a checkpoint -> (config class, network class). Only networks with `sample` are generators.
 
-MODELS = {
+MODELS: dict[str, tuple[Any, Any]] = {
     "dcgan": (GeneratorConfig, Generator),
     "cdcgan": (GeneratorConfig, Generator),
     "ddpm": (DDPMConfig, DDPM),
@@ -385,11 +345,11 @@ MODELS = {
 }
 
 
-def build(name: str, **config) -> nn.Module:
+def build(name: str, **config: Any) -> Any:
     """A freshly initialised network of the registry.
 
     Raises:
-        ValueError: unknown name, or an option that its config lacks or that is out of bounds.
+        ValueError: an unknown name, or an option that the config lacks or that is out of bounds.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")

@@ -1,11 +1,10 @@
-"""Train the conditional DCGAN; writes checkpoints/, reports/cgan_training_log.csv and samples/cgan_progress.gif."""
+"""Train the conditional DCGAN. Writes checkpoints/, reports/cgan_training_log.csv and samples/cgan_progress.gif."""
 
 from __future__ import annotations
 
 import argparse
 
-from flags import CGAN_REFERENCE, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args
-from utils import run_script
+from cli import CGAN_REFERENCE, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -19,8 +18,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from adversarial import train_gan
     from data import NUM_CLASSES
+    from recipes.gan import train_gan  # GANStep.update there is the whole update
 
     train_gan(args, "cdcgan", num_classes=NUM_CLASSES, prefix="CGAN", title="cgan")
 

@@ -1,7 +1,7 @@
-"""Train the digit classifier behind the metrics; writes classifier.pt and the reference statistics measured with it.
+"""Train the digit classifier behind the metrics. Writes classifier.pt and the reference statistics measured with it.
 
-The shipped checkpoints/classifier.pt is pinned: every published figure depends on it. A new one goes elsewhere by
-default, and evaluation.py accepts it as the ruler only after its hash is entered there.
+The shipped checkpoints/classifier.pt is pinned, because every published figure depends on it. A new classifier is written
+elsewhere by default. scoring/extractor.py accepts it only after its hash is entered there.
 """
 
 from __future__ import annotations
@@ -10,27 +10,41 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import flags
-from utils import UsageError, autocast, choose_device, keyed_generator, provenance, resolve_precision, run_script
+from cli import DEVICE_HELP, LEARNING_RATE, SEED, ArgumentParser, integer, run_script
+from files import UsageError
+from utils import autocast, choose_device, keyed_generator, provenance, resolve_precision
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import Tensor, nn
+
+    from data import Digits
+    from loop import Callback, TrainState
 
 HELD_OUT = 5_000  # training digits that select the epoch; the test digits are only reported
 DRY_RUN_DIGITS = 1_280
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = flags.ArgumentParser(__doc__)
+    parser = ArgumentParser(__doc__)
     flag, switch = parser.add_argument, argparse.BooleanOptionalAction
-    flag("--epochs", type=flags.epoch_count, default=40, help="passes over the 55,000 training digits")
-    flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
-    flag("--lr", type=flags.learning_rate, default=3e-3, help="peak learning rate of AdamW (one cycle)")
-    flag("--width", type=flags.positive_int, default=16, help="channels at 28x28")
-    flag("--data-dir", default=None, help="where MNIST/raw lies or is downloaded to (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flag("--epochs", type=integer(1, 10**6), default=40, help="passes over the 55,000 training digits")
+    flag("--batch-size", type=integer(1), default=128, help="images in a step")
+    flag("--lr", type=LEARNING_RATE, default=3e-3, help="peak learning rate of AdamW (one cycle)")
+    flag("--width", type=integer(1), default=16, help="channels at 28x28")
+    flag("--data-dir", default=None, help="where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)")
+    flag("--device", default="auto", help=DEVICE_HELP)
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it, else fp32")
-    flag("--seed", type=flags.seed_number, default=0, help="seed of weights, order and augmentation")
-    flag("--out-dir", default=None, help="folder for classifier.pt and classifier_statistics.pt (default: "
-         "runs/classifier; runs/dry-run with --dry-run)")  # fmt: skip
+    flag("--seed", type=SEED, default=0, help="seed of weights, order and augmentation")
+    flag(
+        "--out-dir",
+        default=None,
+        help="folder for classifier.pt and classifier_statistics.pt (default: runs/classifier; runs/dry-run with --dry-run)",
+    )
     flag("--statistics-only", action=switch, default=False, help="only measure the classifier in --out-dir again")
     flag("--dry-run", action=switch, default=False, help=f"one epoch on {DRY_RUN_DIGITS} digits")
     return parser.parse_args(argv)
@@ -40,8 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
     import data
-    from evaluation import STATISTICS_NAME, Extractor, write_statistics
-    from metrics import inception_score
+    from scoring.extractor import Extractor
+    from scoring.metrics import inception_score
+    from scoring.reference import STATISTICS_NAME, write_statistics
 
     device = choose_device(args.device)
     data_dir = args.data_dir or data.default_data_dir()
@@ -53,25 +68,25 @@ def main(argv: list[str] | None = None) -> None:
     test = data.load_digits("mnist", "test", data_dir, device)
     errors, loss = errors_and_loss(extractor.network, test)
     score = inception_score(extractor(test.images)[1], keyed_generator("cpu", args.seed, "splits"))
-    print(f"test accuracy {100 * (1 - errors / len(test)):.2f} %, cross-entropy {loss:.4f}, "
-          f"inception score of the test digits {score.mean:.3f} +- {score.std:.3f}")  # fmt: skip
+    accuracy = 100 * (1 - errors / len(test))
+    print(f"test accuracy {accuracy:.2f} %, cross-entropy {loss:.4f}, inception score {score.mean:.3f} +- {score.std:.3f}")
     print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)\n  SHA-256 {extractor.sha256}")
     write_statistics(extractor, data_dir, path.with_name(STATISTICS_NAME))
     print(f"wrote {path.with_name(STATISTICS_NAME)}")
 
 
-def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path) -> None:
-    """Train, and write the weight average of the epoch with the fewest errors on the held-out digits to `path`."""
+def train_classifier(args: argparse.Namespace, device: torch.device, data_dir: str, path: Path) -> None:
+    """Train, and write the averaged weights of the epoch with the fewest errors on the held-out digits to `path`."""
     import torch
     from torch.nn import functional as F
 
     import data
     from callbacks import EMA
-    from guard import Guard
+    from engine.guard import Guard, average_gradients, gradient_norm
+    from loop import TrainState, fit
     from models import build
-    from training import TrainState, fit
 
-    # Data: the held-out part is the same for every seed
+    # Data. The held-out part is the same for every seed.
     digits = data.load_digits("mnist", "train", data_dir, device)
     order = torch.randperm(len(digits), generator=keyed_generator("cpu", "held out"))
     held_out, train = digits.select(order[:HELD_OUT]), digits.select(order[HELD_OUT:])
@@ -88,21 +103,26 @@ def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=0.02, fused=True)
     steps = max(10, args.epochs * data.batches_per_epoch(train, args.batch_size))  # OneCycleLR divides by fewer
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=steps, pct_start=0.2)
-    average, state, guard = EMA(network, decay=0.999), TrainState(), Guard(network)
+    average = EMA(network, decay=0.999)
+    state = TrainState()
+    guard = Guard(network)
 
-    def train_step(images, labels):
+    def train_step(images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         rng = keyed_generator("cpu", args.seed, "augment", state.step)
         images = augment(images, rng).contiguous(memory_format=torch.channels_last)
         torch.manual_seed(args.seed + state.step)  # of the dropout
         guard.keep()
         with autocast(device, precision):
             loss = F.cross_entropy(network(images).float(), labels)
-        loss = guard.update(loss, optimizer)
+        optimizer.zero_grad()
+        loss.backward()
+        loss = average_gradients(loss, optimizer)
+        loss = guard.step(loss, gradient_norm(optimizer), optimizer)
         guard.restore()
         schedule.step()
         return {"loss": loss}
 
-    def batches(epoch: int, start: int):
+    def batches(epoch: int, start: int) -> Iterable[tuple[Tensor, Tensor]]:
         return data.epoch_batches(train, args.batch_size, args.seed, epoch, start)
 
     recorded = {name: value for name, value in vars(args).items() if name not in ("data_dir", "out_dir")}
@@ -110,12 +130,12 @@ def train_classifier(args: argparse.Namespace, device, data_dir: str, path: Path
     fit(train_step, batches, args.epochs, [average, selection], state)
 
 
-def augment(images, rng):
+def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     """Random rotation (12 degrees), shear, scale (12 %) and shift (2 pixels) of [B, 1, 28, 28] in [-1, 1]; no flips."""
     import torch
     from torch.nn import functional as F
 
-    def uniform(limit: float) -> torch.Tensor:
+    def uniform(limit: float) -> Tensor:
         return (torch.rand(len(images), generator=rng) * 2 - 1) * limit
 
     angle, shear, scale_x, scale_y = torch.deg2rad(uniform(12.0)), uniform(0.15), 1 + uniform(0.12), 1 + uniform(0.12)
@@ -125,25 +145,26 @@ def augment(images, rng):
     row_y = torch.stack([sin * scale_x, (sin * shear + cos) * scale_y, shift_y], dim=1)
     affine = torch.stack([row_x, row_y], dim=1).to(images.device)  # [B, 2, 3]
     grid = F.affine_grid(affine, list(images.shape), align_corners=False)
-    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # it pads with 0, which is the background there
+    return F.grid_sample(images + 1, grid, align_corners=False) - 1  # padded with 0, which is the background of images + 1
 
 
-def best_epoch_writer(network, held_out, path: Path, meta: dict):
-    """A callback that writes `network` whenever it makes fewer errors on the held-out digits (then: a lower loss)."""
+def best_epoch_writer(network: nn.Module, held_out: Digits, path: Path, meta: dict[str, Any]) -> Callback:
+    """A callback that writes `network` after each best epoch: fewest errors on the held-out digits, then lowest loss."""
     from checkpoint import keep_previous, save_model
-    from training import Callback
+    from loop import Callback
 
     class BestEpochWriter(Callback):
         best = (len(held_out) + 1, float("inf"))
         start = time.perf_counter()
 
-        def on_start(self, state):
+        def on_start(self, state: TrainState) -> None:
             keep_previous(path)
 
-        def after_epoch(self, state):
+        def after_epoch(self, state: TrainState) -> None:
             errors, loss = errors_and_loss(network, held_out)
-            print(f"epoch {state.epoch + 1}  loss {state.row['loss']:.4f}  held-out errors {errors}/{len(held_out)}  "
-                  f"held-out loss {loss:.4f}  {time.perf_counter() - self.start:.0f} s", file=sys.stderr)  # fmt: skip
+            wrong = f"held-out errors {errors}/{len(held_out)}  held-out loss {loss:.4f}"
+            seconds = time.perf_counter() - self.start
+            print(f"epoch {state.epoch + 1}  loss {state.row['loss']:.4f}  {wrong}  {seconds:.0f} s", file=sys.stderr)
             if (errors, loss) < self.best:
                 self.best = (errors, loss)
                 figures = {"held_out_errors": errors, "held_out_loss": loss}
@@ -152,8 +173,8 @@ def best_epoch_writer(network, held_out, path: Path, meta: dict):
     return BestEpochWriter()
 
 
-def errors_and_loss(network, digits, chunk: int = 250) -> tuple[int, float]:
-    """Number of wrong answers and mean cross-entropy of `network` on `digits`."""
+def errors_and_loss(network: nn.Module, digits: Digits, chunk: int = 250) -> tuple[int, float]:
+    """Number of wrong predictions, and mean cross-entropy, of `network` on `digits`."""
     import torch
     from torch.nn import functional as F
 

@@ -1,19 +1,18 @@
-"""Train the diffusion model; writes checkpoints/, reports/diffusion_training_log.csv and samples/diffusion_progress.gif."""
+"""Train the diffusion model. Writes checkpoints/, reports/diffusion_training_log.csv and samples/diffusion_progress.gif."""
 
 from __future__ import annotations
 
 import argparse
 
-from flags import (
-    DEFAULT_STEPS,
+from cli import (
     DIFFUSION_REFERENCE,
-    MAX_ETA,
     ArgumentParser,
     add_diffusion_flags,
     add_training_flags,
     parse_training_args,
+    run_script,
 )
-from utils import run_script
+from diffusion.options import DEFAULT_STEPS, SamplingOptions
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,17 +22,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parse_training_args(parser, argv, DIFFUSION_REFERENCE)
     if args.steps is None:
         args.steps = min(DEFAULT_STEPS, args.timesteps)
-    if args.steps > args.timesteps and not args.resume:  # a resumed run has its own timesteps
-        parser.error(f"--steps {args.steps} is more than the --timesteps {args.timesteps} that there are to visit")
-    if args.eta is not None and args.eta > MAX_ETA[args.sampler] and not args.resume:
-        parser.error(f"--eta {args.eta} is more than {args.sampler} can do; give at most {MAX_ETA[args.sampler]}")
+    if not args.resume:  # a resumed run has its own flags
+        try:
+            options = SamplingOptions(args.sampler, args.steps, args.guidance, args.eta)
+            options.resolved(args.timesteps, num_classes=10, with_labels=True)
+        except ValueError as error:
+            parser.error(str(error))
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from denoising import train_ddpm
+    from recipes.ddpm import train_ddpm  # DiffusionStep.update there is the whole update
 
     train_ddpm(args)
 

@@ -1,11 +1,10 @@
-"""Train the unconditional DCGAN; writes checkpoints/, reports/gan_training_log.csv and samples/gan_progress.gif."""
+"""Train the unconditional DCGAN. Writes checkpoints/, reports/gan_training_log.csv and samples/gan_progress.gif."""
 
 from __future__ import annotations
 
 import argparse
 
-from flags import GAN_REFERENCE, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args
-from utils import run_script
+from cli import GAN_REFERENCE, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -18,7 +17,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
-    from adversarial import train_gan
+    from recipes.gan import train_gan  # GANStep.update there is the whole update
 
     train_gan(args, "dcgan", num_classes=0, prefix="GAN", title="gan")
 

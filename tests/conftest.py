@@ -1,4 +1,4 @@
-"""Fixtures: the data folder, and scripts run in this process or in one of their own."""
+"""Fixtures: the data folder, and scripts that run in this process or in their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other, so one core each; torch reads it when it is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each worker; torch reads this at its import
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -17,7 +17,8 @@ import torch
 from trainers import TRAINERS
 
 import data
-import evaluation
+from cli import run_script
+from scoring import reference
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
@@ -38,11 +39,9 @@ def mnist_dir() -> str:
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run a script's `main` in this process: (exit code, stdout, stderr). Much faster than a process of its own."""
+    """Run a script's `main` in this process, which is much faster. Gives (exit code, stdout, stderr)."""
 
     def call(script: str, *args: object):
-        from utils import run_script
-
         main = runpy.run_path(str(ROOT / script))["main"]
         code = 0
         try:
@@ -57,11 +56,11 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def fewer_digits(monkeypatch):
-    """A function that makes every script read so many digits of either split."""
+    """A function that makes every script read only so many digits of each split."""
     load = data.load_digits
 
     def limit(train: int, test: int) -> None:
-        for module in (data, evaluation):
+        for module in (data, reference):
             monkeypatch.setattr(
                 module, "load_digits", lambda *args: load(*args).subset({"train": train, "test": test}[args[1]], "few")
             )
@@ -76,7 +75,7 @@ def run_process(script: str, *args: object, cwd: Path = ROOT, **env: str) -> sub
 
 
 def error_line(stderr: str) -> str:
-    """The one line that a failure may print; fails where there is more, or a traceback."""
+    """The one line that a failed script printed. Fails if there are more lines, such as a traceback."""
     lines = stderr.strip().splitlines()
     assert len(lines) == 1, stderr
     assert lines[0].startswith("error: "), stderr
@@ -89,7 +88,7 @@ def read_csv(path) -> list[dict[str, str]]:
 
 
 def tiny_ddpm(folder, **config):
-    """The file of an untrained diffusion model."""
+    """Write an untrained diffusion model. Returns its path."""
     from test_models import small
 
     from checkpoint import save_model

@@ -1,5 +1,6 @@
-"""Not a test: a trainer that test_killed.py starts, and that sends itself a signal at the n-th visit of a place; with
-"twice", it gets two SIGINT in a call that keeps Python busy for minutes.
+"""Not a test: test_killed.py starts a trainer through it. At the n-th visit of a place, the trainer sends itself a signal.
+
+With "twice", it gets two SIGINT during a call that keeps Python busy for minutes.
 
 python tests/killed.py SIGKILL PLACE N train_gan.py [its flags]
 """
@@ -19,10 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import metrics
-from adversarial import GANStep
-from denoising import DiffusionStep
 from models import DDPM, Generator
+from recipes.ddpm import DiffusionStep
+from recipes.gan import GANStep
+from scoring import metrics
 
 PLACES = {
     "step": [(GANStep, "__call__"), (DiffusionStep, "__call__")],
@@ -36,7 +37,7 @@ PLACES = {
 
 
 def deadly(function: Callable, visits: int, signum: str) -> Callable:
-    """The function, which on its last visit sends the signal; of what it was to write, half is written before."""
+    """The function, which sends the signal at its last visit. If it writes a file, half of the file is written before."""
     count = 0
 
     def visited(*args, **options):
@@ -50,7 +51,7 @@ def deadly(function: Callable, visits: int, signum: str) -> Callable:
                 command = f"sleep 0.3; kill -INT {os.getpid()}"
                 subprocess.Popen(["sh", "-c", f"kill -INT {os.getpid()}; {command}"])
                 time.sleep(0.2)
-                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # as a slow step: no Python until it is over
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # like a slow step: Python handles no signal until it ends
                 return function(*args, **options)
             os.kill(os.getpid(), signal.Signals[signum])
         return function(*args, **options)

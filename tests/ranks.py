@@ -1,5 +1,7 @@
-"""Not a test: what test_distributed.py starts as two processes, each of which checks what they have in common; or, with the
-arguments of evaluate.py, an evaluation with fewer digits."""
+"""Not a test: test_distributed.py starts it as two processes, and each of them checks what both must have in common.
+
+With the arguments of a script (`python tests/ranks.py evaluate.py ...`), it runs that script with fewer MNIST digits.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,14 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 
 import pytest
 import torch
-from test_adversarial import make_step
+from test_gan import make_step
 from test_models import small
 
 import data
-import distributed
-from utils import is_first, keyed_generator, run_script
+from cli import run_script
+from engine import distributed
+from files import is_first
+from utils import keyed_generator
 
 
 def images(n: int) -> torch.Tensor:

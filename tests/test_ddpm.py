@@ -12,10 +12,10 @@ from test_models import small
 import diffusion
 import train_diffusion
 from data import Digits, to_model_range
-from denoising import DiffusionStep, StableTargets, assemble, make_optimizers
+from recipes.ddpm import DiffusionStep, StableTargets, assemble, make_optimizers
 from models import DEFAULT_ETA, DEFAULT_STEPS, DIGIT_ETA, build
-from training import TrainState
-from unet import UNet
+from loop import TrainState
+from networks.unet import UNet
 from utils import keyed_generator
 
 DETERMINISTIC = ["dpm-solver++", "ddim"]

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
 from test_models import small
 
-import distributed
+from engine import distributed
 from checkpoint import read_tensors
 from utils import keyed_generator
 

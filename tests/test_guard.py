@@ -10,10 +10,10 @@ import torch
 from test_models import small
 from torch import nn
 
-from adversarial import LOSSES, GANStep
-from denoising import DiffusionStep, make_optimizers
-from guard import Guard
-from training import TrainState
+from recipes.gan import LOSSES, GANStep
+from recipes.ddpm import DiffusionStep, make_optimizers
+from engine.guard import Guard
+from loop import TrainState
 
 
 def gan_step(name: str, loss: str) -> GANStep:

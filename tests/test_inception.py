@@ -12,8 +12,8 @@ from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 import data
-import inception
-from inception import InceptionExtractor
+from scoring import inception
+from scoring.inception import InceptionExtractor
 from utils import ExpectedError
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import SHIPPED, error_line, run_process, tiny_ddpm
 from test_models import small
 
-import plots
+from figures import images
 from checkpoint import load_generator, save_model
 from data import to_uint8
 from utils import keyed_generator
@@ -40,7 +40,7 @@ def test_infer_draws_the_denoising(run, tmp_path):
     stages.append(load_generator(tiny).sample(9, rng=rng, **options))
     assert torch.equal(stages[0], torch.randn(9, 1, 28, 28, generator=keyed_generator("cpu", 0, "infer")))
     for frame, stage in zip(frames, stages, strict=True):
-        assert np.abs(frame - plots.image_grid(to_uint8(stage))).max() <= 1
+        assert np.abs(frame - images.image_grid(to_uint8(stage))).max() <= 1
     assert np.abs(frames[-1] - frames[0]).max() > 50
     code, _, _ = run("infer.py", *args, "--sampler", "ddpm")
     with Image.open(gif) as pictures:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from conftest import ROOT, error_line, run_process
 
-import metrics
+from scoring import metrics
 from checkpoint import save_model
 from evaluation import Extractor
-from flags import DIGIT_GUIDANCE
+from cli import DIGIT_GUIDANCE
 from models import build
 
 SHIPPED = ROOT / "checkpoints" / "best_CGAN_G.pt"

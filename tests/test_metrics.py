@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-import metrics
+from scoring import metrics
 
 
 def rng(seed: int = 0) -> torch.Generator:

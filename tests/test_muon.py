@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from denoising import make_optimizers
+from recipes.ddpm import make_optimizers
 from models import build
-from muon import Muon, orthogonal
+from engine.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 30, 30)])

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT
 from test_models import small
 
-import charts
-import plots
+from figures import charts
+from figures import images
 from checkpoint import save_model, write_tensors
 from utils import ExpectedError, atomic_path, write_csv, write_json
 
@@ -37,9 +37,9 @@ WRITERS = {
     "log.csv": lambda path: write_csv(path, [{"epoch": i, "loss": i / 7} for i in range(1000)]),
     "metrics.json": lambda path: write_json(path, {"rows": list(range(5000))}),
     "README.md": rewrite_readme,
-    "grid.png": lambda path: plots.write_png(path, plots.image_grid(NOISE)),
-    "progress.gif": lambda path: plots.write_gif(path, NOISE[:, 0]),
-    "side_by_side.png": lambda path: plots.write_side_by_side(path, [("noise", NOISE)]),
+    "grid.png": lambda path: images.write_png(path, images.image_grid(NOISE)),
+    "progress.gif": lambda path: images.write_gif(path, NOISE[:, 0]),
+    "side_by_side.png": lambda path: images.write_side_by_side(path, [("noise", NOISE)]),
     "chart.png": lambda path: charts.neighbours(path, [("noise", PIXELS[:10], PIXELS[10:40].reshape(10, 3, 28, 28))]),
 }
 

@@ -11,9 +11,9 @@ from torch import nn
 
 import models
 from checkpoint import load_generator, save_model
-from experiment import Experiment
-from flags import ArgumentParser, add_training_flags, parse_training_args
-from interface import check_int, check_request, evaluating
+from recipes.run import Run
+from cli import ArgumentParser, add_training_flags, parse_training_args
+from networks.checks import check_int, check_request, evaluating
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,9 @@ from trainers import TRAINERS, log_rows, same, training_file
 import callbacks
 import evaluation
 from checkpoint import load_generator, load_model, read_tensors
-from experiment import Experiment
-from guard import Guard
-from training import TrainState
+from recipes.run import Run
+from engine.guard import Guard
+from loop import TrainState
 from utils import Interrupted
 
 

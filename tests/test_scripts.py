@@ -14,7 +14,7 @@ from conftest import ROOT, SHIPPED, error_line, read_csv, tiny_ddpm
 
 import evaluation
 from checkpoint import file_sha256, load_generator
-from denoising import DiffusionStep
+from recipes.ddpm import DiffusionStep
 from models import DDPM
 from utils import run_script
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 
 import data
 import evaluation
-import metrics
+from scoring import metrics
 from checkpoint import file_sha256, load_generator, load_model, save_model
 from utils import keyed_generator
 

@@ -8,7 +8,7 @@ from test_models import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import build
-from unet import AdaptiveGroupNorm, Attention, UNet, sinusoids
+from networks.unet import AdaptiveGroupNorm, Attention, UNet, sinusoids
 
 
 @pytest.mark.parametrize("width", [8, 16, 24])

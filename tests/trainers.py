@@ -1,4 +1,4 @@
-"""The three trainers, as the tests run them whole; and what such a run leaves behind."""
+"""The three trainers, the flags of a short run, and what such a run leaves behind."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from adversarial import GANStep
+from recipes.gan import GANStep
 from checkpoint import read_tensors
-from denoising import DiffusionStep
+from recipes.ddpm import DiffusionStep
 
 FLAGS = ["--dataset", "digits", "--epochs", 3, "--width", 8, "--batch-size", 256, "--eval-samples", 200, "--device", "cpu"]
 
@@ -32,7 +32,7 @@ TRAINERS = [
 
 
 def training_file(folder, trainer):
-    """All that the last state holds, but for the seconds."""
+    """Everything in the last state, except the times."""
     content = read_tensors(folder / "checkpoints" / f"last_{trainer.prefix}.pt")
     content["state"] = {key: value for key, value in content["state"].items() if key not in ("seconds", "log")}
     return content

@@ -1,0 +1,159 @@
+"""The tables of report.py, in Markdown and for its page: every figure of every model, mistakes, damage, and the overview."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from figures.charts import ABLATION_TITLES, label_of
+from figures.measured import Measured, Row
+
+
+class Figure(NamedTuple):
+    """A line or column of a table: name in metrics.json, title, digits after the point, and factor."""
+
+    name: str
+    title: str
+    digits: int
+    factor: float = 1
+
+
+class Cells(NamedTuple):
+    """A table: the titles of its columns, and the cells of each line."""
+
+    titles: list[str]
+    lines: list[list[str]]
+
+
+ALL_FIGURES = [
+    Figure("fid", "FID", 3),
+    Figure("fid_ratio", "FID ratio", 1),
+    Figure("kid", "KID", 3),
+    Figure("is", "inception score", 3),
+    Figure("is_splits", "its deviation over ten splits", 3),
+    Figure("precision", "precision", 3),
+    Figure("recall", "recall", 3),
+    Figure("density", "density", 3),
+    Figure("coverage", "coverage", 3),
+    Figure("label_accuracy", "label accuracy, %", 2, 100),
+    Figure("nearest_median_ratio", "distance to training digits, ratio to test digits: medians", 2),
+    Figure("nearest_percentile_ratio", "the same: first percentiles", 2),
+    Figure("nearest_share_close", "samples nearer than 1 % of test digits are, %", 1, 100),
+    Figure("evaluations", "network evaluations of an image", 0),
+    Figure("images_per_second", "images/s", 0),
+    Figure("parameters", "parameters, million", 2, 1e-6),
+]
+PITFALL_FIGURES = [
+    Figure("n", "samples", 0),
+    Figure("fid", "FID", 2),
+    Figure("fid_ratio", "FID ratio", 1),
+    Figure("is", "inception score", 2),
+    Figure("label_accuracy", "label accuracy, %", 1, 100),
+]
+SELF_CHECK_FIGURES = [
+    Figure("level", "level", 0),
+    Figure("fid", "FID", 2),
+    Figure("kid", "KID", 2),
+    Figure("is", "inception score", 2),
+    Figure("precision", "precision", 3),
+    Figure("recall", "recall", 3),
+    Figure("density", "density", 3),
+    Figure("coverage", "coverage", 3),
+]
+OVERVIEW_FIGURES = [
+    Figure("fid_ratio", "FID ratio", 1),
+    Figure("recall", "recall", 3),
+    Figure("label_accuracy", "label accuracy, %", 2, 100),
+    Figure("evaluations", "network evaluations", 0),
+    Figure("images_per_second", "images/s", 0),
+]
+PORTUGUESE = {
+    "FID ratio": "razão FID",
+    "recall": "revocação (recall)",
+    "label accuracy, %": "acurácia dos rótulos, %",
+    "network evaluations": "avaliações da rede",
+    "images/s": "imagens/s",
+    "training": "treino",
+    "real training digits": "dígitos reais de treino",
+    "conditional DCGAN": "DCGAN condicional",
+    "DDPM, unconditional": "DDPM, incondicional",
+    "DDPM, class-conditional": "DDPM, condicional",
+}
+
+
+def all_figures(rows: list[Row]) -> Cells:
+    """Every figure with its deviation: a line for each figure, a column for each row of metrics.json."""
+    lines = [[figure.title, *(_cell(row, figure) for row in rows)] for figure in ALL_FIGURES]
+    lines.append(["precision of the evaluations", *(row.get("dtype") or "" for row in rows)])
+    return Cells(["", *(label_of(row["model"]) for row in rows)], lines)
+
+
+def overview(measured: Measured) -> Cells:
+    """The README's small table: a line for each model, under that of the real-data floor."""
+    lines = []
+    for row in [measured.rows["real training digits"], *measured.models]:
+        minutes = measured.training_minutes(row["model"])
+        floor = row["model"] == "real training digits"
+        cells = ["1" if floor and figure.name == "fid_ratio" else _cell(row, figure) for figure in OVERVIEW_FIGURES]
+        lines.append([label_of(row["model"]), *cells, "" if minutes is None else f"{minutes:.1f} min"])
+    return Cells(["", *(figure.title for figure in OVERVIEW_FIGURES), "training"], lines)
+
+
+def pitfalls(rows: list[Row]) -> Cells:
+    """Mistakes: a line for each, below the same model without one."""
+    lines = [[row["model"], row["mistake"] or "none", *_plain_cells(row, PITFALL_FIGURES)] for row in rows]
+    return Cells(["", "mistake", *(figure.title for figure in PITFALL_FIGURES)], lines)
+
+
+def self_check(rows: list[Row]) -> Cells:
+    """Damage to real digits: a line for each kind and level."""
+    lines = [[row["damage"], *_plain_cells(row, SELF_CHECK_FIGURES)] for row in rows]
+    return Cells(["digits", *(figure.title for figure in SELF_CHECK_FIGURES)], lines)
+
+
+def ablation(rows: list[Row]) -> Cells:
+    """The study of recipes: for each model and recipe, the FID ratio of each training seed and their mean."""
+    recipes: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        recipes.setdefault((ABLATION_TITLES[row["model"]], row["recipe"]), []).append(row)
+    lines = []
+    for (title, recipe), same in sorted(recipes.items(), key=lambda item: (item[0][0], _mean(item[1], "fid_ratio"))):
+        seeds = ", ".join(f"{row['fid_ratio']:.1f}" for row in same)
+        conditional = same[0]["fid_ratio_asked"] is not None
+        labelled = f"{_mean(same, 'fid_ratio_asked'):.1f}" if conditional else ""
+        lines.append([title, f"`{recipe}`", f"{_mean(same, 'fid_ratio'):.1f}", seeds, labelled])
+    return Cells(["model", "recipe", "FID ratio", "of each seed", "class-conditional FID ratio"], lines)
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def _cell(row: Row, figure: Figure) -> str:
+    """A figure with its deviation. Empty: it was not measured."""
+    value, deviation = row.get(figure.name), row.get(f"{figure.name}_std")
+    if value is None:
+        return ""
+    spread = f" ± {deviation * figure.factor:,.{figure.digits}f}" if deviation and figure.digits else ""
+    return f"{value * figure.factor:,.{figure.digits}f}{spread}"
+
+
+def _plain_cells(row: Row, figures: list[Figure]) -> list[str]:
+    """The figures without deviations."""
+    return [_cell({name: row.get(name) for name in (figure.name,)}, figure) for figure in figures]
+
+
+def in_portuguese(cells: Cells) -> Cells:
+    """The overview with Portuguese titles, decimal commas, and points between thousands."""
+    swap = str.maketrans({",": ".", ".": ","})
+
+    def line(texts: list[str]) -> list[str]:
+        first, *figures = texts
+        return [PORTUGUESE.get(first, first), *(text.translate(swap) for text in figures)]
+
+    return Cells([PORTUGUESE.get(title, title) for title in cells.titles], [line(texts) for texts in cells.lines])
+
+
+def markdown(cells: Cells) -> str:
+    """A table in Markdown, its figures aligned to the right."""
+    align = ["---", *["---:"] * (len(cells.titles) - 1)]
+    return "\n".join(f"| {' | '.join(texts)} |" for texts in [cells.titles, align, *cells.lines])

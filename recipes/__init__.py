@@ -1,0 +1,1 @@
+"""How each model is trained: the update of a batch, the assembly around it, and resuming."""
