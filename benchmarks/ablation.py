@@ -1,14 +1,15 @@
-"""Which recipe makes most of a given time? Each is trained for the same minutes, then scored, with every seed.
+"""Which recipe makes the most of a given time: each is trained for the same minutes with every seed, then scored.
 
-A recipe is what differs from the defaults of the model's trainer, as `name=value` pairs: width=24, or "muon_lr=0 lr=1e-3";
-`no_ema` is a switch; "defaults" differs in nothing. With preset=reference among the pairs, it differs from the classic table
-instead. The number of steps that fit into the time is estimated from a few timed ones, and the learning rates follow the
-trainer's schedule over them. Scored is the EMA, as the monitor does: the GANs with their own labels, a diffusion model
-without labels (`fid`) and asked for digits (`fid_asked`).
+A recipe is what differs from the defaults of the model's trainer, as `name=value` pairs: width=24, or "muon_lr=0 lr=1e-3".
+`no_ema` is a switch. "defaults" differs in nothing. With preset=reference among the pairs, a recipe differs from the classic
+table instead.
 
-Results go to reports/ablation.csv, each as soon as it is known; rows that are there already are not measured again. The
-chart beside it, ablation.png, shows those of the same minutes, samples, device and precision. Do nothing else on the
-machine meanwhile.
+A few timed steps tell how many steps fit into the minutes. The learning rates follow the trainer's schedule over that many
+steps. The EMA is scored, as in a training. The conditional GAN draws the labels of the training set. A diffusion model is
+scored without labels (`fid`) and with them (`fid_asked`).
+
+Each result is written to --out at once. Rows that are there already are not measured again. The chart beside the table shows
+the rows with the same minutes, samples, device and precision. Run nothing else on the machine meanwhile.
 
     python benchmarks/ablation.py --model gan --minutes 5
     python benchmarks/ablation.py --model diffusion --minutes 10 --recipes defaults "muon_lr=0 lr=1e-3" label_dropout=0.2
@@ -16,94 +17,156 @@ machine meanwhile.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from timing import wait_for_device
-from torch import nn
+from torch import Tensor, nn
 
-import adversarial
-import charts
 import data
-import denoising
-import flags
 import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA, ScheduledLR
-from evaluation import FLOOR_SIZES, Extractor, training_scorer
-from graphs import ORDINARY_CALLS
-from training import TrainState
-from utils import ExpectedError, choose_device, earlier_rows, has_bf16, run_script, write_csv
+from cli import DATA_DIR_HELP, DEVICE_HELP, SEED, ArgumentParser, number, run_script
+from diffusion.options import OPTION_NAMES, PRECISIONS
+from engine.cuda_graph import ORDINARY_CALLS
+from figures import charts
+from files import ExpectedError, earlier_rows, write_csv
+from loop import TrainState
+from recipes import ddpm, gan
+from scoring.extractor import Extractor
+from scoring.reference import FLOOR_SIZES
+from scoring.scorer import training_scorer
+from utils import choose_device, has_bf16
 
-# From the classic table one thing changed at a time; from the defaults one thing put back, or another choice
+# The study: the classic table with one change each, then the defaults with one change each
 REFERENCE = "preset=reference"
 GAN_CHANGES = ("loss=hinge", "loss=relativistic", "no_ema", "beta1=0", "lr=5e-4 d_lr=5e-4", "width=32", "batch_size=64")
-GAN_RETURNS = ("loss=bce", "loss=relativistic", "no_ema", "beta1=0.5", "lr=1e-4 d_lr=1e-4", "width=64", "batch_size=64",
-               "lr_schedule=constant")  # fmt: skip
-DIFFUSION_CHANGES = ("schedule=cosine", "prediction=v", "label_dropout=0.5", "no_ema", "lr=1e-3", "lr_schedule=cosine",
-                     "width=24", "muon_lr=3e-3")  # fmt: skip
-DIFFUSION_RETURNS = ("schedule=linear", "prediction=eps", "label_dropout=0.1", "no_ema", "muon_lr=0", "width=8", "width=24",
-                     "batch_size=128", "stable_targets=0", "time_power=1", "lr_schedule=constant")  # fmt: skip
+GAN_RETURNS = (
+    "loss=bce",
+    "loss=relativistic",
+    "no_ema",
+    "beta1=0.5",
+    "lr=1e-4 d_lr=1e-4",
+    "width=64",
+    "batch_size=64",
+    "lr_schedule=constant",
+)
+DIFFUSION_CHANGES = (
+    "schedule=cosine",
+    "prediction=v",
+    "label_dropout=0.5",
+    "no_ema",
+    "lr=1e-3",
+    "lr_schedule=cosine",
+    "width=24",
+    "muon_lr=3e-3",
+)
+DIFFUSION_RETURNS = (
+    "schedule=linear",
+    "prediction=eps",
+    "label_dropout=0.1",
+    "no_ema",
+    "muon_lr=0",
+    "width=8",
+    "width=24",
+    "batch_size=128",
+    "stable_targets=0",
+    "time_power=1",
+    "lr_schedule=constant",
+)
 GAN_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in GAN_CHANGES), "defaults", *GAN_RETURNS]
 DIFFUSION_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in DIFFUSION_CHANGES), "defaults", *DIFFUSION_RETURNS]
 RECIPES = {"gan": GAN_RECIPES, "cgan": GAN_RECIPES, "diffusion": DIFFUSION_RECIPES}
 PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusion": train_diffusion.parse_args}
+
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
 COMPARED = ("minutes", "device", "precision", "n")  # what the rows of a chart have in common
 KEY = ("model", "recipe", "seed", *COMPARED)  # of a row
-UNTIMED_STEPS = adversarial.PENALTY_EVERY * ORDINARY_CALLS + 1  # until a GPU has recorded whatever it replays later
+# Steps of a trial. After the untimed ones, a GPU has recorded both variants of a GAN's step.
+UNTIMED_STEPS = gan.PENALTY_EVERY * ORDINARY_CALLS + 1
 TIMED_STEPS = 15
-# What a recipe may set: the rest of a trainer's flags has no effect here
+
+# The flags that a recipe may set. The trainer's other flags have no effect here.
 SHARED_KNOBS = {"preset", "width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size"}
 GAN_KNOBS = SHARED_KNOBS | {"latent_dim", "loss", "beta1", "d_lr"}
-DIFFUSION_KNOBS = SHARED_KNOBS | {"timesteps", "schedule", "prediction", "time_power", "stable_targets", "label_dropout",
-                                  "muon_lr", "grad_clip", "sampler", "steps", "eta", "guidance"}  # fmt: skip
+DIFFUSION_KNOBS = SHARED_KNOBS | {
+    "timesteps",
+    "schedule",
+    "prediction",
+    "time_power",
+    "stable_targets",
+    "label_dropout",
+    "muon_lr",
+    "grad_clip",
+    "sampler",
+    "steps",
+    "eta",
+    "guidance",
+}
+
+Step = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
-def main() -> None:
-    parser = flags.ArgumentParser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--model", choices=PARSERS, default="diffusion", help="whose trainer's defaults to start from")
+    flag("--model", choices=PARSERS, default="diffusion", help="the model whose trainer's defaults are the starting point")
     flag("--recipes", nargs="+", default=None, help="what to compare, see above (default: a list for each model)")
-    flag("--minutes", type=flags.positive_float, default=5.0, help="of training for each recipe")
-    flag("--seeds", nargs="+", type=flags.seed_number, default=[0, 1], help="training seeds of each recipe")
+    flag("--minutes", type=number("(0, inf)"), default=5.0, help="of training for each recipe")
+    flag("--seeds", nargs="+", type=SEED, default=[0, 1], help="training seeds of each recipe")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples in a scoring: a size whose floor is known")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the device has it")
-    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 where the device has it")
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--device", default="auto", help=DEVICE_HELP)
     flag("--out", type=Path, default=Path("reports/ablation.csv"), help="the table to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     device = choose_device(args.device)
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(device) else "fp32"
     recipes = {text: trainer_args(args.model, text) for text in args.recipes or RECIPES[args.model]}
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
-    extractor, rows = Extractor(device), earlier_rows(args.out, {*KEY, *FIGURES})
-    rows = [{name: cell if name in KEY else float(cell or math.nan) for name, cell in row.items()} for row in rows]
+    extractor = Extractor(device)
+    rows = read_rows(args.out)
     done = {tuple(row[name] for name in KEY) for row in rows}
     compared = {"minutes": f"{args.minutes:g}", "device": str(device), "precision": args.precision, "n": str(args.n)}
     for seed, (text, trainer) in itertools.product(args.seeds, recipes.items()):
         job = {"model": args.model, "recipe": text, "seed": str(seed)} | compared
         if tuple(job.values()) in done:
             continue
-        rows.append(job | measure(args, trainer, digits, extractor, seed))
+        row = job | measure(args, trainer, digits, extractor, seed)
+        rows.append(row)
         write_csv(args.out, rows)
-        print("  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                        for name, value in rows[-1].items()), flush=True)  # fmt: skip
+        cells = (f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.items())
+        print("  ".join(cells), flush=True)
     alike = [row for row in rows if [row[name] for name in COMPARED] == list(compared.values())]
     charts.ablation(args.out.with_suffix(".png"), alike)
     print(f"wrote {args.out} and {args.out.with_suffix('.png')}")
 
 
-def trainer_args(model: str, recipe: str):
-    """The trainer's flags for a recipe; `ExpectedError` for one that has no effect here."""
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of an earlier run: text in the columns of `KEY`, numbers in the others. An empty cell becomes nan."""
+    rows = earlier_rows(path, {*KEY, *FIGURES})
+    return [{name: cell if name in KEY else float(cell or math.nan) for name, cell in row.items()} for row in rows]
+
+
+def trainer_args(model: str, recipe: str) -> argparse.Namespace:
+    """The trainer's flags for a recipe.
+
+    Raises:
+        ExpectedError: a flag of the recipe has no effect here.
+        UsageError: the trainer does not accept the recipe.
+    """
     words = [] if recipe == "defaults" else [word.partition("=") for word in recipe.split()]
     argv = [text for name, _, value in words for text in ("--" + name.replace("_", "-"), value) if text]
     trainer = PARSERS[model](argv)
@@ -114,34 +177,48 @@ def trainer_args(model: str, recipe: str):
     return trainer
 
 
-def measure(args, trainer, digits: data.Digits, extractor: Extractor, seed: int) -> dict[str, float]:
-    """Train a recipe for the given minutes, and score it; its size, its cost and its figures."""
+def measure(
+    args: argparse.Namespace, trainer: argparse.Namespace, digits: data.Digits, extractor: Extractor, seed: int
+) -> dict[str, Any]:
+    """Train a recipe for the given minutes. Returns its cost, its size and its figures."""
     trial, _ = run_steps(args, trainer, digits, seed, UNTIMED_STEPS + TIMED_STEPS, UNTIMED_STEPS)
     steps = max(1, round(TIMED_STEPS / trial.seconds * 60 * args.minutes))
     state, network = run_steps(args, trainer, digits, seed, steps)
-    options, diffusion = {}, args.model == "diffusion"
-    if diffusion:
-        options = {name: getattr(trainer, name) for name in ("sampler", "steps", "eta", "guidance")}
-        options["precision"] = args.precision
-    figures = training_scorer(digits, extractor, args.n, 0, args.model != "gan", options, two_way=diffusion)(network)
-    return {"trained_minutes": state.seconds / 60, "steps": state.step, "images_per_second": state.images / state.seconds,
-            "parameters_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
-            **{name: figures.get(name, math.nan) for name in FIGURES}}  # fmt: skip
+    options = {}
+    if args.model == "diffusion":
+        options = {name: getattr(trainer, name) for name in OPTION_NAMES} | {"precision": args.precision}
+    conditional = args.model != "gan"
+    score = training_scorer(digits, extractor, args.n, 0, conditional, options, two_way=args.model == "diffusion")
+    figures = score(network)
+    return {
+        "trained_minutes": state.seconds / 60,
+        "steps": state.step,
+        "images_per_second": state.images / state.seconds,
+        "parameters_m": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
+        **{name: figures.get(name, math.nan) for name in FIGURES},
+    }
 
 
-def run_steps(args, trainer, digits: data.Digits, seed: int, steps: int, untimed: int = 0) -> tuple[TrainState, nn.Module]:
-    """Train for so many steps, from the beginning, of which the first may be untimed; the state, and the network that is
-    scored."""
+def run_steps(
+    args: argparse.Namespace,
+    trainer: argparse.Namespace,
+    digits: data.Digits,
+    seed: int,
+    steps: int,
+    untimed: int = 0,
+) -> tuple[TrainState, nn.Module]:
+    """Train a new network for so many steps, the first of them untimed. Returns the state, and the network to score."""
     torch.manual_seed(seed)
-    trainer.seed, state = seed, TrainState()
+    trainer.seed = seed
+    state = TrainState()
     network, optimizers, step = assemble(args, trainer, digits, state)
     ema = EMA(network, trainer.ema_decay)
     warmup = min(trainer.warmup_steps, steps // 10)  # a short training warms up for less
     schedule = ScheduledLR(list(optimizers.values()), warmup, steps if trainer.lr_schedule == "cosine" else None)
     schedule.on_start(state)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, trainer.batch_size, seed, epoch))
-    for number, (images, labels) in enumerate(itertools.islice(batches, steps)):
-        if number == untimed:
+    for done, (images, labels) in enumerate(itertools.islice(batches, steps)):
+        if done == untimed:
             wait_for_device()
             state.tick()
             state.seconds = 0.0
@@ -154,12 +231,14 @@ def run_steps(args, trainer, digits: data.Digits, seed: int, steps: int, untimed
     return state, ema.model if trainer.ema else network
 
 
-def assemble(args, trainer, digits: data.Digits, state: TrainState):
-    """(the network that is sampled, the optimizers, the step), as the trainer has them."""
+def assemble(
+    args: argparse.Namespace, trainer: argparse.Namespace, digits: data.Digits, state: TrainState
+) -> tuple[nn.Module, dict[str, torch.optim.Optimizer], Step]:
+    """The network that is sampled, the optimizers and the step, as in the trainer."""
     if args.model == "diffusion":
-        return denoising.assemble(trainer, state, digits, args.precision)
+        return ddpm.assemble(trainer, state, digits, args.precision)
     name, classes = ("cdcgan", data.NUM_CLASSES) if args.model == "cgan" else ("dcgan", 0)
-    networks, optimizers, step = adversarial.assemble(trainer, state, digits.images.device, args.precision, name, classes)
+    networks, optimizers, step = gan.assemble(trainer, state, digits.images.device, args.precision, name, classes)
     return networks["generator"], optimizers, step
 
 

@@ -1,8 +1,10 @@
-"""What does each choice for speed give? Our GAN steps, our diffusion step and evaluations in sampling, as they are and with
-one choice undone at a time (of the conditional GAN, those that the other one has not).
+"""What each choice for speed gives: our training steps, and evaluations in sampling, with one choice undone at a time.
 
-A ratio below 1 means that the choice pays. Each changed loop is timed beside the one as it is, the two in turn, each in a
-process of its own, as in a training.
+There are four tables: the GAN's step, the conditional GAN's, the diffusion model's, and an evaluation in sampling. The
+conditional GAN's table holds only choices that matter there in another way than for the GAN.
+
+Each changed loop is timed beside the loop as it is. The two run in turn, each in a process of its own, as in a training. A
+ratio below 1 means that the choice pays. The result is printed.
 
     python benchmarks/choices.py
     python benchmarks/choices.py --what diffusion --precisions bf16 --steps 10
@@ -17,8 +19,9 @@ import math
 import statistics
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -29,46 +32,59 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train_step import loader
 
-import adversarial
 import data
-import denoising
-import flags
 import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA
-from models import CHUNK_SIZE, ClassBatchNorm2d
-from training import TrainState
-from unet import AdaptiveGroupNorm, Attention
-from utils import ask_for_huge_pages, choose_device, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, run_script
+from diffusion.options import PRECISIONS
+from engine.guard import Guard
+from engine.muon import Muon
+from loop import TrainState
+from models import CHUNK_SIZE, ClassBatchNorm2d, GeneratorConfig
+from networks.unet import AdaptiveGroupNorm, Attention
+from recipes import ddpm, gan
+from utils import ask_for_huge_pages, choose_device
 
 AS_IS = "as it is"
 NO_GRAPH = "no CUDA graph"
 ALLOCATOR = "the C library's allocator settings"
-SHARED = ["Adam not fused", "EMA tensor by tensor", "losses fetched in every step", "a DataLoader's batches", "compiled"]
-SHARED += [NO_GRAPH, ALLOCATOR]
+SHARED = [
+    "Adam not fused",
+    "EMA tensor by tensor",
+    "losses fetched in every step",
+    "a DataLoader's batches",
+    "compiled",
+    NO_GRAPH,
+    ALLOCATOR,
+]
 ONE_PASS = "scale and shift after the norm"
 GAN = ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
 CGAN = ["class gains in fp32", NO_GRAPH, ALLOCATOR]
 DIFFUSION = ["channels last", "fused attention", ONE_PASS, *SHARED]
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
 CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
-SAMPLING = ["channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR]
-SAMPLING += [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
+CHUNK_CHOICES = [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
+SAMPLING = ["channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR, *CHUNK_CHOICES]
 
 
-def main() -> None:
-    parser = flags.ArgumentParser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--what", nargs="+", choices=TABLES, default=[*TABLES], help="the tables to make")
-    flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
-    flag("--undo", nargs="+", choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING}),
-         help="these choices only (default: all)")  # fmt: skip
-    add_timing_flags(flag, flags.positive_int)
-    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--precisions", nargs="+", choices=PRECISIONS, help="default: fp32, and bf16 where the device has it")
+    flag(
+        "--undo",
+        nargs="+",
+        choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING}),
+        help="undo these choices only (default: all)",
+    )
+    add_timing_flags(parser)
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--device", default="auto", help=DEVICE_HELP)
     parser.set_defaults(steps=5, repeats=3)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()
 
     device = choose_device(args.device)
@@ -89,71 +105,90 @@ def main() -> None:
 
 
 def possible(choices: list[str], device: torch.device) -> list[str]:
-    """Those that mean something on the device."""
+    """The choices that have a meaning on the device."""
     sizes = {*CHUNKS["cpu"], *CHUNKS["cuda"]} - {*CHUNKS[device.type]}
     elsewhere = {ALLOCATOR if device.type == "cuda" else NO_GRAPH, *(f"chunks of {n}" for n in sizes)}
     return [choice for choice in choices if choice not in elsewhere]
 
 
-def sized(args, what: str, device: torch.device) -> argparse.Namespace:
+def sized(args: argparse.Namespace, what: str, device: torch.device) -> argparse.Namespace:
     """The arguments, with the number of images in a step of that table."""
-    return argparse.Namespace(**vars(args) | {"batch_size": SAMPLED[device.type] if what == "sampling" else args.batch_size})
+    batch_size = SAMPLED[device.type] if what == "sampling" else args.batch_size
+    return argparse.Namespace(**vars(args) | {"batch_size": batch_size})
 
 
-def time_pair(args, what: str, precision: str, choice: str) -> dict[str, Timed]:
-    """The loop as it is and the changed one."""
+def time_pair(args: argparse.Namespace, what: str, precision: str, choice: str) -> dict[str, Timed]:
+    """Time the loop as it is and the changed one."""
     return measure(args, {name: LoopApart(loop, args, what, precision, name) for name in (AS_IS, choice)})
 
 
-def loop(args, what: str, precision: str, choice: str) -> Iterator[None]:
-    """That loop of the table, with the allocator settings of its trainer unless these are what is undone."""
-    ours = choice != ALLOCATOR
-    if ours and what == "diffusion":
-        ask_for_huge_pages()
-    device = choose_device(args.device) if ours else torch.device("cpu")
+def loop(args: argparse.Namespace, what: str, precision: str, choice: str) -> Iterator[None]:
+    """A loop of the table `what`, with its trainer's allocator settings unless these are the choice to undo."""
+    device = torch.device("cpu")
+    if choice != ALLOCATOR:
+        if what == "diffusion":
+            ask_for_huge_pages()
+        device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     return TABLES[what][0](args, digits, precision, choice)
 
 
-def gan_loop(args, digits: data.Digits, precision: str, choice: str, classes: int = 0) -> Iterator[None]:
-    """The trainer's step with its EMA, with one choice undone; a step each time the iterator is advanced."""
+def gan_loop(args: argparse.Namespace, digits: data.Digits, precision: str, choice: str, classes: int = 0) -> Iterator[None]:
+    """The trainer's step with its EMA and one choice undone. Each advance takes a step."""
     torch.manual_seed(0)
     script, name = (train_cgan, "cdcgan") if classes else (train_gan, "dcgan")
-    trainer, state = script.parse_args([]), TrainState()
-    networks, optimizers, step = adversarial.assemble(trainer, state, digits.images.device, precision, name, classes)
-    generator, discriminator = networks.values()
+    trainer = script.parse_args([])
+    state = TrainState()
+    device = digits.images.device
+    networks, optimizers, step = gan.assemble(trainer, state, device, precision, name, classes)
+    generator: Any = networks["generator"]
+    discriminator: Any = networks["discriminator"]
     if choice == "convolution as stem":
-        generator.stem = ConvolutionStem(generator.config).to(digits.images.device)
-        how = {"fused": True, "capturable": digits.images.is_cuda}
-        optimizers["lr"] = torch.optim.Adam(generator.parameters(), lr=trainer.lr, **how)
+        generator.stem = ConvolutionStem(generator.config).to(device)
+        optimizers["generator"] = torch.optim.Adam(
+            generator.parameters(), lr=trainer.lr, betas=(trainer.beta1, 0.999), fused=True, capturable=device.type == "cuda"
+        )
     elif choice == "Adam not fused":
-        optimizers.update({name: UnfusedAdam(optimizer) for name, optimizer in optimizers.items()})
+        optimizers.update({name: unfused(optimizer) for name, optimizer in optimizers.items()})
+        step.guard = OpenGuard(generator, discriminator)
     elif choice == "D's unused gradients computed":
         discriminator.requires_grad_ = lambda _: discriminator
     elif choice == "real and fake in two passes":
-        step._judge = lambda real, fake: (discriminator(real), discriminator(fake))
+        step._judge = functools.partial(two_passes, discriminator)  # type: ignore[method-assign]
     for network in networks.values():
         change_network(network, choice)
-    step.replayed.active &= choice != NO_GRAPH
+    step.graph.active &= choice != NO_GRAPH
     yield from steps(args, digits, step, state, generator, choice)
 
 
-def diffusion_loop(args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
-    """The trainer's step with its EMA, with one choice undone; a step each time the iterator is advanced."""
+def diffusion_loop(args: argparse.Namespace, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+    """The trainer's step with its EMA and one choice undone. Each advance takes a step."""
     torch.manual_seed(0)
-    trainer, state = train_diffusion.parse_args([]), TrainState()
-    network, optimizers, step = denoising.assemble(trainer, state, digits, precision)
+    trainer = train_diffusion.parse_args([])
+    state = TrainState()
+    network, optimizers, step = ddpm.assemble(trainer, state, digits, precision)
     if choice == "Adam not fused":
-        optimizers["lr"] = UnfusedAdam(optimizers["lr"])
+        optimizers["others"] = unfused(optimizers["others"])
+        step.guard = OpenGuard()
     change_network(network, choice)
-    step.replayed.active &= choice != NO_GRAPH
+    step.graph.active &= choice != NO_GRAPH
     yield from steps(args, digits, step, state, network, choice)
 
 
-def steps(args, digits: data.Digits, step: Callable, state: TrainState, averaged: nn.Module, choice: str) -> Iterator[None]:
+def steps(
+    args: argparse.Namespace,
+    digits: data.Digits,
+    step: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    state: TrainState,
+    averaged: nn.Module,
+    choice: str,
+) -> Iterator[None]:
     """What both trainings do around their step."""
     ema = SlowEMA(averaged, 0.999) if choice == "EMA tensor by tensor" else EMA(averaged, 0.999)
-    for images, labels in loader(args) if choice == "a DataLoader's batches" else batches(args, digits):
+    source: Iterable[tuple[Tensor, Tensor]] = batches(args, digits)
+    if choice == "a DataLoader's batches":
+        source = loader(args)
+    for images, labels in source:
         losses = step(images.to(digits.images.device), labels.to(digits.images.device))
         state.count(losses, len(images))
         ema.after_step(state)
@@ -162,20 +197,20 @@ def steps(args, digits: data.Digits, step: Callable, state: TrainState, averaged
         yield
 
 
-def sampling_loop(_args, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
-    """One evaluation of many images, in chunks, each time the iterator is advanced."""
-    kind = digits.images.device.type
-    chunk = int(choice.removeprefix("chunks of ")) if choice.startswith("chunks") else CHUNK_SIZE[kind]
-    network = our_network(digits.images.device)
+def sampling_loop(_args: argparse.Namespace, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+    """Each advance evaluates the network on `SAMPLED` images, in chunks."""
+    device = digits.images.device
+    chunk = int(choice.removeprefix("chunks of ")) if choice.startswith("chunks") else CHUNK_SIZE[device.type]
+    network = our_network(device)
     change_network(network, choice)
-    evaluations = evaluation_loop(network, digits.images.device, precision, chunk)
+    evaluations = evaluation_loop(network, device, precision, chunk)
     while True:
-        for _ in range(SAMPLED[kind] // chunk):
+        for _ in range(SAMPLED[device.type] // chunk):
             next(evaluations)
         yield
 
 
-TABLES = {
+TABLES: dict[str, tuple[Callable[..., Iterator[None]], list[str]]] = {
     "gan": (gan_loop, GAN),
     "cgan": (functools.partial(gan_loop, classes=data.NUM_CLASSES), CGAN),
     "diffusion": (diffusion_loop, DIFFUSION),
@@ -188,7 +223,7 @@ TABLES = {
 
 
 def change_network(network: nn.Module, choice: str) -> None:
-    """Undo a choice that is one of the network's."""
+    """Undo a choice that belongs to the network. Another choice changes nothing."""
     if choice == "compiled":
         network.compile()
     elif choice == "channels last":
@@ -206,7 +241,7 @@ def change_network(network: nn.Module, choice: str) -> None:
 
 
 def fused_attention(self: Attention, x: Tensor, _condition: Tensor) -> Tensor:
-    """`Attention.forward` by PyTorch's fused kernel."""
+    """`Attention.forward` with PyTorch's fused kernel."""
     tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
     q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, HW, C / heads]
     mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # [B, HW, C]
@@ -214,16 +249,16 @@ def fused_attention(self: Attention, x: Tensor, _condition: Tensor) -> Tensor:
 
 
 def scale_and_shift_after(self: AdaptiveGroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`AdaptiveGroupNorm.forward` as its formula says."""
+    """`AdaptiveGroupNorm.forward` written as its formula."""
     return nn.GroupNorm.forward(self, x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
 
 
 def gains_in_fp32(self: ClassBatchNorm2d, x: Tensor, labels: Tensor) -> Tensor:
-    """`ClassBatchNorm2d.forward` with gains and biases of the type that they are stored in."""
+    """`ClassBatchNorm2d.forward` with gains and biases in the type that they are stored in."""
     return self.norm(x) * self.gain(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
 
 
-FORWARD = {
+FORWARD: dict[str, tuple[type[nn.Module], Callable[..., Tensor]]] = {
     "fused attention": (Attention, fused_attention),
     ONE_PASS: (AdaptiveGroupNorm, scale_and_shift_after),
     "class gains in fp32": (ClassBatchNorm2d, gains_in_fp32),
@@ -233,7 +268,7 @@ FORWARD = {
 class ConvolutionStem(nn.Module):
     """The generator's first layer as the paper's transposed convolution: latent [B, Z] -> [B, 7 * 7 * 4w]."""
 
-    def __init__(self, config):
+    def __init__(self, config: GeneratorConfig):
         super().__init__()
         self.convolution = nn.ConvTranspose2d(config.latent_dim, 4 * config.width, 7)
         nn.init.normal_(self.convolution.weight, std=math.sqrt(2 / config.latent_dim))
@@ -242,17 +277,26 @@ class ConvolutionStem(nn.Module):
         return self.convolution(z[:, :, None, None]).permute(0, 2, 3, 1).flatten(1)
 
 
-class UnfusedAdam(torch.optim.Adam):
-    """PyTorch's default in place of a fused one. `Guard` takes it for such, although it cannot be held back."""
+def two_passes(discriminator: nn.Module, real: Tensor, fake: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`GANStep._judge` with a pass for each side."""
+    return discriminator(real, labels), discriminator(fake, labels)
 
-    def __init__(self, fused: torch.optim.Adam):
-        (group,) = fused.param_groups
-        super().__init__(group["params"], lr=group["lr"], betas=group["betas"], capturable=group["capturable"])
-        self.defaults["fused"] = True
 
-    def step(self) -> None:
-        self.found_inf = None
-        super().step()
+def unfused(fused: torch.optim.Optimizer) -> torch.optim.Adam:
+    """PyTorch's default implementation of Adam, for the same parameters with the same settings."""
+    (group,) = fused.param_groups
+    return torch.optim.Adam(group["params"], lr=group["lr"], betas=group["betas"], capturable=group["capturable"])
+
+
+class OpenGuard(Guard):
+    """A guard that holds back only Muon. It lets every step of Adam pass: without `fused`, Adam cannot be held back."""
+
+    def step(self, loss: Tensor, norm: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
+        guarded = [optimizer for optimizer in optimizers if isinstance(optimizer, Muon)]
+        for optimizer in optimizers:
+            if optimizer not in guarded:
+                optimizer.step()
+        return super().step(loss, norm, *guarded)
 
 
 class SlowEMA(EMA):

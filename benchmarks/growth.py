@@ -1,10 +1,10 @@
-"""How does a training's cost grow? Images/s and peak memory of each trainer over batch size, width and processes,
-and beside other work.
+"""How the cost of a training grows: images/s and peak memory over batch size, width, processes, and other work beside it.
 
-Every figure is of the trainer itself, in a process of its own: three short epochs on a part of MNIST, of which the second
-is timed, the one without warming up and scoring. Several processes share the machine: on a CPU each gets its part of the
-cores, so that they gain nothing there. The other work is processes that keep a core busy each, which is where a training
-whose threads wait for each other could fall off a cliff. Results go to a table; do nothing else on the machine meanwhile.
+Every figure is of a trainer in a process of its own, which trains three short epochs on a part of MNIST. The second epoch is
+timed: it neither warms up nor scores. Several processes share the machine. On a CPU each has its part of the cores, so they
+gain nothing there. The other work is processes that keep one core busy each.
+
+The results are written to --out. Run nothing else on the machine meanwhile.
 
     python benchmarks/growth.py
     python benchmarks/growth.py --trainers diffusion --widths 16 --processes 1 2
@@ -21,56 +21,73 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import flags
-from utils import ExpectedError, run_script, write_csv
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from diffusion.options import PRECISIONS
+from files import ExpectedError, write_csv
 
 WIDTHS = {"gan": 32, "cgan": 32, "diffusion": 16}  # the defaults
 SCRIPTS = {name: f"train_{name}.py" for name in WIDTHS}
 
 
-def main() -> None:
-    parser = flags.ArgumentParser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--trainers", nargs="+", choices=WIDTHS, default=[*WIDTHS], help="which to run")
-    flag("--batch-sizes", nargs="+", type=flags.positive_int, default=[32, 64, 128, 256], help="at the default width")
-    flag("--widths", nargs="+", type=flags.positive_int, default=[16, 32, 64], help="at batch 128")
-    flag("--processes", nargs="+", type=flags.positive_int, default=[1, 2], help="of torchrun, at batch 128")
-    flag("--busy", nargs="+", type=flags.natural, default=[0, 1], help="processes of other work, at batch 128")
-    flag("--images", type=flags.positive_int, default=5120, help="in each of the three epochs")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="of the trainings")
-    flag("--environment", nargs="+", type=variable, default=[], metavar="NAME=VALUE",
-         help="of the trainings, such as OMP_NUM_THREADS=1")  # fmt: skip
-    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--trainers", nargs="+", choices=WIDTHS, default=[*WIDTHS], help="which trainers to run")
+    flag("--batch-sizes", nargs="+", type=integer(1), default=[32, 64, 128, 256], help="at the default width")
+    flag("--widths", nargs="+", type=integer(1), default=[16, 32, 64], help="at batch 128")
+    flag("--processes", nargs="+", type=integer(1), default=[1, 2], help="of torchrun, at batch 128")
+    flag("--busy", nargs="+", type=integer(0), default=[0, 1], help="processes of other work, at batch 128")
+    flag("--images", type=integer(1), default=5120, help="in each of the three epochs")
+    flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="of the trainings")
+    flag(
+        "--environment",
+        nargs="+",
+        type=variable,
+        default=[],
+        metavar="NAME=VALUE",
+        help="environment variables of the trainings, such as OMP_NUM_THREADS=1",
+    )
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--device", default="auto", help=DEVICE_HELP)
     flag("--out", type=Path, default=Path("runs/growth.csv"), help="the table to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    rows: list[dict] = []
+    rows: list[dict[str, Any]] = []
     for trainer, width, batch, processes, busy in settings(args):
         with others(busy):
             rate, memory = measure(args, trainer, width, batch, processes)
-        rows.append({"trainer": trainer, "width": width, "batch_size": batch, "processes": processes, "busy": busy,
-                     "images_per_second": rate, "peak_memory_mb": memory})  # fmt: skip
-        print(f"{trainer:9s}  width {width:3d}  batch {batch:4d}  processes {processes}  busy others {busy}  "
-              f"{rate:7.0f} images/s  {memory:6.0f} MB at most in a process", flush=True)  # fmt: skip
+        rows.append(
+            {
+                "trainer": trainer,
+                "width": width,
+                "batch_size": batch,
+                "processes": processes,
+                "busy": busy,
+                "images_per_second": rate,
+                "peak_memory_mb": memory,
+            }
+        )
+        setting = f"{trainer:9s}  width {width:3d}  batch {batch:4d}  processes {processes}  busy others {busy}"
+        print(f"{setting}  {rate:7.0f} images/s  {memory:6.0f} MB at most in a process", flush=True)
         write_csv(args.out, rows)
     print(f"wrote {args.out}")
 
 
 def variable(text: str) -> tuple[str, str]:
-    """NAME=VALUE of the command line."""
+    """argparse type: NAME=VALUE."""
     name, separator, value = text.partition("=")
     if not (name and separator):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
     return name, value
 
 
-def settings(args) -> Iterator[tuple[str, int, int, int, int]]:
-    """(trainer, width, batch size, processes, busy others), each once: one varied, the rest as they are by default."""
+def settings(args: argparse.Namespace) -> Iterator[tuple[str, int, int, int, int]]:
+    """(trainer, width, batch size, processes, busy others), each once. One of them varies; the rest have their defaults."""
     for trainer in args.trainers:
         width = WIDTHS[trainer]
         varied = [(width, batch, 1, 0) for batch in args.batch_sizes]
@@ -82,7 +99,7 @@ def settings(args) -> Iterator[tuple[str, int, int, int, int]]:
 
 @contextlib.contextmanager
 def others(n: int) -> Iterator[None]:
-    """`n` processes that keep a core busy each."""
+    """Keep `n` cores busy, with a process each."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n)]
     try:
         yield
@@ -92,17 +109,22 @@ def others(n: int) -> Iterator[None]:
             process.wait()
 
 
-def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple[float, float]:
-    """Images/s of the second epoch, and the largest resident memory of a process in MB."""
+def measure(args: argparse.Namespace, trainer: str, width: int, batch: int, processes: int) -> tuple[float, float]:
+    """Images/s of the second epoch, and the largest resident memory of a process in MB.
+
+    Raises:
+        ExpectedError: the trainer failed. The message ends with the trainer's own error line.
+    """
     program = [sys.executable]
     environment = {**os.environ, **dict(args.environment)}
     if processes > 1:
         program += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     with tempfile.TemporaryDirectory() as folder:
-        command = [*program, str(ROOT / SCRIPTS[trainer]), "--limit", args.images, "--width", width, "--batch-size", batch,
-                   "--epochs", 3, "--eval-every", 3, "--eval-samples", 100, "--no-early-stop",
-                   "--precision", args.precision, "--device", args.device, "--out-dir", folder]  # fmt: skip
+        command: list[object] = [*program, ROOT / SCRIPTS[trainer]]
+        command += ["--limit", args.images, "--width", width, "--batch-size", batch, "--epochs", 3]
+        command += ["--eval-every", 3, "--eval-samples", 100, "--no-early-stop"]
+        command += ["--precision", args.precision, "--device", args.device, "--out-dir", folder]
         command += ["--steps", 1] if trainer == "diffusion" else []  # of the GIF's frames, which are not the question
         command += ["--data-dir", args.data_dir] if args.data_dir else []
         with tempfile.TemporaryFile("w+") as errors:
@@ -124,7 +146,7 @@ def measure(args, trainer: str, width: int, batch: int, processes: int) -> tuple
 
 
 def peak_memory(child: subprocess.Popen) -> float:
-    """Wait for the child; the largest resident memory, in MB, of it and what it started."""
+    """Wait for the child. Returns the largest resident memory, in MB, of the child and of its own children."""
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,11 +1,14 @@
-"""What does the same time give in other repositories? Diffusion models of like size, trained for the same minutes.
+"""Quality after the same time in other repositories: diffusion models of like size, trained for the same minutes.
 
-Ours, Hugging Face diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet, of the same FLOPs and nearly as many
-parameters, all unconditional, on the same batches of MNIST, each with the recipe that its repository trains by: schedule,
-prediction, optimizer, learning rate, average. Then each draws samples with the same number of steps of DDIM, and of
-DPM-Solver++ if it has that. They are scored as ours are, against the training set; 64 of them are drawn beside the table.
-Timed are the steps alone, and the sampling. Their recipes are made for longer trainings: --peer-lr gives them another
-learning rate. GANs are compared in train_step.py.
+The peers are ours, Hugging Face diffusers' UNet2DModel and denoising-diffusion-pytorch's Unet. All are unconditional. They
+have the same FLOPs and nearly as many parameters, and see the same batches of MNIST. Each has the recipe of its own
+repository: schedule, prediction, optimizer, learning rate, average.
+
+Then each draws samples with the same number of steps of DDIM, and of DPM-Solver++ if it has that. The samples are scored by
+the monitor's scorer, against the training set. The clock covers the training steps and the sampling alone.
+
+Their recipes are made for longer trainings; --peer-lr gives them another learning rate. The results are written to --out. A
+picture beside it shows 64 samples of each row. GANs are compared in train_step.py.
 
     pip install -r benchmarks/requirements-peers.txt
     python benchmarks/peers.py --minutes 20
@@ -13,13 +16,14 @@ learning rate. GANs are compared in train_step.py.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,55 +34,65 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
-import flags
-import plots
 import train_diffusion
 from callbacks import EMA, ScheduledLR
-from denoising import DiffusionStep, StableTargets, make_optimizers
-from evaluation import FLOOR_SIZES, Extractor, Scorer, load_reference
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, number, run_script
+from diffusion.options import PRECISIONS
+from figures.images import image_grid, write_png
+from files import write_csv
+from loop import TrainState
 from models import CHUNK_SIZE, build
-from training import TrainState
-from utils import ask_for_huge_pages, autocast, choose_device, keyed_generator, run_script, write_csv
+from recipes.ddpm import DiffusionStep, StableTargets, make_optimizers
+from scoring.extractor import Extractor
+from scoring.reference import FLOOR_SIZES, load_reference
+from scoring.scorer import Scorer
+from utils import ask_for_huge_pages, autocast, choose_device, keyed_generator
 
 CHUNK = CHUNK_SIZE["cpu"]  # samples at a time, in all of them
-UNTIMED_STEPS, TIMED_STEPS = 10, 30  # of a trial: the former warm up, and a GPU records what it replays later
+# Steps of a trial. The first ones warm up, and a GPU records its graphs in them.
+UNTIMED_STEPS = 10
+TIMED_STEPS = 30
 
 
-def main() -> None:
-    parser = flags.ArgumentParser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--peers", nargs="+", choices=PEERS, default=[*PEERS], help="whom to compare")
-    flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="of ours (default: fp32, and bf16 where it is fast)")
-    flag("--minutes", type=flags.positive_float, default=20.0, help="of training for each")
-    flag("--batch-size", type=flags.positive_int, default=128, help="images in a step")
-    flag("--ddim-steps", type=flags.positive_int, default=50, help="network evaluations of a sample by DDIM")
-    flag("--dpm-solver-steps", type=flags.positive_int, default=15, help="the same by DPM-Solver++")
+    flag("--peers", nargs="+", choices=PEERS, default=[*PEERS], help="the repositories to compare")
+    flag("--precisions", nargs="+", choices=PRECISIONS, help="of ours (default: fp32, and bf16 where the device has it)")
+    flag("--minutes", type=number("(0, inf)"), default=20.0, help="of training for each")
+    flag("--batch-size", type=integer(1), default=128, help="images in a step")
+    flag("--ddim-steps", type=integer(1), default=50, help="network evaluations of a sample by DDIM")
+    flag("--dpm-solver-steps", type=integer(1), default=15, help="network evaluations of a sample by DPM-Solver++")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples to score: a size whose floor is known")
-    flag("--peer-lr", type=flags.positive_float, default=1e-4, help="learning rate of the others; 1e-4 is their own")
-    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, ...")
+    flag("--peer-lr", type=number("(0, inf)"), default=1e-4, help="learning rate of the others; 1e-4 is their own")
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--device", default="auto", help=DEVICE_HELP)
     flag("--out", type=Path, default=Path("runs/peers.csv"), help="the table to write")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     ask_for_huge_pages()
     device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
-    extractor, rows = Extractor(device), []
+    extractor = Extractor(device)
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)
+    rows: list[dict[str, Any]] = []
     for name in args.peers:
         for precision in (args.precisions or precisions(device)) if name == "ours" else ["fp32"]:
             for figures, images in measure(args, PEERS[name], precision, digits, scorer):
-                rows.append({"peer": name, "precision": precision, **figures})
-                picture = plots.image_grid(data.to_uint8(images[:64]))
-                plots.write_png(args.out.with_name(f"{args.out.stem}_{name}_{precision}_{figures['sampler']}.png"), picture)
-                print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-                                for key, value in rows[-1].items()), flush=True)  # fmt: skip
+                row = {"peer": name, "precision": precision, **figures}
+                rows.append(row)
+                picture = args.out.with_name(f"{args.out.stem}_{name}_{precision}_{figures['sampler']}.png")
+                write_png(picture, image_grid(data.to_uint8(images[:64])))
+                cells = (
+                    f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
+                )
+                print("  ".join(cells), flush=True)
                 write_csv(args.out, rows)
     print(f"wrote {args.out}")
 
 
 class Peer(NamedTuple):
-    """A model in training. `step` takes images [B, 1, 28, 28] in [-1, 1]; a sampler (n, steps, rng) gives n of them."""
+    """A model in training. `step` takes images [B, 1, 28, 28] in [-1, 1]. A sampler (n, steps, rng) gives n images."""
 
     network: nn.Module  # called with images, times and labels, to count its FLOPs
     step: Callable[[Tensor], None]
@@ -86,7 +100,7 @@ class Peer(NamedTuple):
 
 
 class Drawn(nn.Module):
-    """A generator of the given samples, for the scorer."""
+    """A generator that returns samples which are drawn already. The scorer takes it for a model."""
 
     def __init__(self, images: Tensor):
         super().__init__()
@@ -97,9 +111,12 @@ class Drawn(nn.Module):
 
 
 def measure(
-    args, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer
+    args: argparse.Namespace, make: Callable[..., Peer], precision: str, digits: data.Digits, scorer: Scorer
 ) -> Iterator[tuple[dict[str, str | int | float], Tensor]]:
-    """Train one, after a short trial that tells how many steps fit into the time; figures and samples of each sampler."""
+    """Train a peer, and give the figures and the samples of each of its samplers.
+
+    A short trial comes first. It tells how many steps fit into the minutes.
+    """
     seconds, _ = train(args, make, precision, digits, UNTIMED_STEPS + TIMED_STEPS, UNTIMED_STEPS)
     steps = max(1, round(TIMED_STEPS / seconds * 60 * args.minutes))
     seconds, peer = train(args, make, precision, digits, steps)
@@ -110,22 +127,35 @@ def measure(
         start = time.perf_counter()
         images = peer.samplers[sampler](args.n, evaluations, keyed_generator("cpu", "peers")).cpu()
         rate = args.n * evaluations / (time.perf_counter() - start)
-        figures = scorer(Drawn(images))
-        yield {"parameters_m": parameters, "gflop": gflop, "minutes": seconds / 60, "training_steps": steps,
-               "images_per_second": steps * args.batch_size / seconds, "n": args.n, "sampler": sampler,
-               "evaluations": evaluations, "evaluations_per_second": rate,
-               **{name: figures[name] for name in ("fid", "fid_ratio", "is")}}, images  # fmt: skip
+        scores = scorer(Drawn(images))
+        figures: dict[str, str | int | float] = {
+            "parameters_m": parameters,
+            "gflop": gflop,
+            "minutes": seconds / 60,
+            "training_steps": steps,
+            "images_per_second": steps * args.batch_size / seconds,
+            "n": args.n,
+            "sampler": sampler,
+            "evaluations": evaluations,
+            "evaluations_per_second": rate,
+        }
+        yield figures | {name: scores[name] for name in ("fid", "fid_ratio", "is")}, images
 
 
 def train(
-    args, make: Callable[..., Peer], precision: str, digits: data.Digits, steps: int, untimed: int = 0
+    args: argparse.Namespace,
+    make: Callable[..., Peer],
+    precision: str,
+    digits: data.Digits,
+    steps: int,
+    untimed: int = 0,
 ) -> tuple[float, Peer]:
-    """(seconds, the model) after so many steps from the beginning, of which the first may be untimed."""
+    """Train a new model for so many steps, the first of them untimed. Returns the seconds and the model."""
     torch.manual_seed(0)
     peer = make(args, digits, steps, precision)
     batches = (batch for epoch in itertools.count() for batch in data.epoch_batches(digits, args.batch_size, 0, epoch))
-    for number, (images, _) in enumerate(itertools.islice(batches, steps)):
-        if number == untimed:
+    for done, (images, _) in enumerate(itertools.islice(batches, steps)):
+        if done == untimed:
             wait_for_device()
             start = time.perf_counter()
         peer.step(images)
@@ -133,37 +163,58 @@ def train(
     return time.perf_counter() - start, peer
 
 
-def ours(args, digits: data.Digits, steps: int, precision: str) -> Peer:
-    """The defaults of train_diffusion.py, without classes, at the batch size of all."""
-    flags, state = train_diffusion.parse_args([]), TrainState()
-    model = build("ddpm", num_classes=0, width=flags.width, schedule=flags.schedule, prediction=flags.prediction)
+# --------------------------------------------------------------------------------------------------------------------
+# The peers
+
+
+class UnconditionalTargets(StableTargets):
+    """Stable targets of a model without classes: every digit is possible."""
+
+    def __call__(self, x: Tensor, x0: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return super().__call__(x, x0, torch.full_like(labels, data.NUM_CLASSES), alpha, sigma)
+
+
+def ours(args: argparse.Namespace, digits: data.Digits, steps: int, precision: str) -> Peer:
+    """The defaults of train_diffusion.py, without classes, at the common batch size."""
+    trainer = train_diffusion.parse_args([])
+    state = TrainState()
+    model = build("ddpm", num_classes=0, width=trainer.width, schedule=trainer.schedule, prediction=trainer.prediction)
     model.to(digits.images.device)
-    optimizers, ema = make_optimizers(model, flags.lr, flags.muon_lr, precision), EMA(model, flags.ema_decay)
-    targets = StableTargets(digits, flags.stable_targets)
-
-    def any_digit(x: Tensor, x0: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        return targets(x, x0, torch.full_like(labels, data.NUM_CLASSES), alpha, sigma)
-
-    update = DiffusionStep(model, optimizers, state, 0, precision, flags.grad_clip, 0.0, flags.time_power, any_digit)
-    schedule = ScheduledLR([*optimizers.values()], min(flags.warmup_steps, steps // 10), steps)
+    optimizers = make_optimizers(model, trainer.lr, trainer.muon_lr, precision)
+    ema = EMA(model, trainer.ema_decay)
+    update = DiffusionStep(
+        model,
+        optimizers,
+        state,
+        0,
+        precision,
+        grad_clip=trainer.grad_clip,
+        label_dropout=0.0,
+        time_power=trainer.time_power,
+        stable_targets=UnconditionalTargets(digits, trainer.stable_targets),
+    )
+    schedule = ScheduledLR([*optimizers.values()], min(trainer.warmup_steps, steps // 10), steps)
     schedule.on_start(state)
 
     def step(images: Tensor) -> None:
-        state.count(update(images, torch.zeros(len(images), dtype=torch.int64, device=images.device)), len(images))
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        state.count(update(images, labels), len(images))
         ema.after_step(state)
         schedule.after_step(state)
 
     def sample(sampler: str, n: int, steps: int, rng: torch.Generator) -> Tensor:
-        return ema.model.sample(n, rng=rng, sampler=sampler, steps=steps, precision=precision, chunk_size=CHUNK)
+        averaged: Any = ema.model
+        return averaged.sample(n, rng=rng, sampler=sampler, steps=steps, precision=precision, chunk_size=CHUNK)
 
     return Peer(model, step, {sampler: functools.partial(sample, sampler) for sampler in ("ddim", "dpm-solver++")})
 
 
-def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
+def diffusers(args: argparse.Namespace, digits: data.Digits, steps: int, precision: str) -> Peer:
     """Their example of unconditional training: linear schedule, noise prediction, AdamW with a warm-up and a cosine.
 
-    Sampling starts at the last time and goes by clipped estimates of x0 (DDIM: and the noise that they imply), as ours and
-    the other peer's does; by the defaults of their schedulers, a network that is not trained to the end looks far worse.
+    Sampling starts at the last time and follows clipped estimates of x0, as ours and the other peer's does. For DDIM, the
+    noise is the one that the clipped estimate implies. With the defaults of their schedulers, a network that is not trained
+    to the end looks far worse.
     """
     from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
     from diffusers.optimization import get_cosine_schedule_with_warmup
@@ -171,7 +222,7 @@ def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
 
     device = digits.images.device
     network = their_network(device, classes=None)
-    noising = DDPMScheduler(num_train_timesteps=1000)
+    noising: Any = DDPMScheduler(num_train_timesteps=1000)
     ddim = DDIMScheduler(timestep_spacing="trailing")
     dpm_solver = DPMSolverMultistepScheduler(timestep_spacing="trailing", thresholding=True)  # at 1: clipping
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
@@ -191,12 +242,12 @@ def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
         ema.step(network.parameters())
 
     @torch.no_grad()
-    def sample(scheduler, options: dict[str, bool], n: int, steps: int, rng: torch.Generator) -> Tensor:
+    def sample(scheduler: Any, options: dict[str, bool], n: int, steps: int, rng: torch.Generator) -> Tensor:
         ema.copy_to(network.parameters())
         network.eval()
         parts = []
         for x in torch.randn(n, 1, 28, 28, generator=rng).to(device).split(CHUNK):
-            scheduler.set_timesteps(steps)  # and forget the estimates of the last chunk
+            scheduler.set_timesteps(steps)  # this also clears the estimates of the last chunk
             for t in scheduler.timesteps:
                 with autocast(device, precision):
                     noise = network(x, t).sample.float()
@@ -204,15 +255,15 @@ def diffusers(args, digits: data.Digits, steps: int, precision: str) -> Peer:
             parts.append(x)
         return torch.cat(parts)
 
-    samplers = {
+    samplers: dict[str, Callable[[int, int, torch.Generator], Tensor]] = {
         "ddim": functools.partial(sample, ddim, {"use_clipped_model_output": True}),
         "dpm-solver++": functools.partial(sample, dpm_solver, {}),
     }
     return Peer(TwoInputs(network), step, samplers)
 
 
-def denoising_diffusion_pytorch(args, digits: data.Digits, steps: int, precision: str) -> Peer:
-    """Their Trainer's update: sigmoid schedule, v prediction, Adam at a constant rate, an average every ten steps."""
+def denoising_diffusion_pytorch(args: argparse.Namespace, digits: data.Digits, steps: int, precision: str) -> Peer:
+    """The update of their Trainer: sigmoid schedule, v prediction, Adam at a constant rate, an average every ten steps."""
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
     from ema_pytorch import EMA as TheirEMA
 
@@ -232,18 +283,19 @@ def denoising_diffusion_pytorch(args, digits: data.Digits, steps: int, precision
         ema.update()
 
     def sample(n: int, steps: int, rng: torch.Generator) -> Tensor:
-        torch.manual_seed(0)  # they draw from the global generator
-        drawer = ema.ema_model.eval()
-        drawer.sampling_timesteps, drawer.is_ddim_sampling = steps, True
+        torch.manual_seed(0)  # their sampler draws from the global generator
+        averaged = ema.ema_model.eval()
+        averaged.sampling_timesteps = steps
+        averaged.is_ddim_sampling = True
         with autocast(device, precision):
-            parts = [drawer.sample(min(CHUNK, n - done)) for done in range(0, n, CHUNK)]
+            parts = [averaged.sample(min(CHUNK, n - done)) for done in range(0, n, CHUNK)]
         return torch.cat(parts).float() * 2 - 1
 
     return Peer(TwoInputs(network), step, {"ddim": sample})
 
 
 class TwoInputs(nn.Module):
-    """A network that takes no labels, as one that is called with some."""
+    """Lets a network without labels be called with image, time and labels."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -253,7 +305,11 @@ class TwoInputs(nn.Module):
         return self.network(x, time)
 
 
-PEERS = {"ours": ours, "diffusers": diffusers, "denoising-diffusion-pytorch": denoising_diffusion_pytorch}
+PEERS: dict[str, Callable[..., Peer]] = {
+    "ours": ours,
+    "diffusers": diffusers,
+    "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
+}
 
 
 if __name__ == "__main__":

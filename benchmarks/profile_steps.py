@@ -1,7 +1,7 @@
-"""Where does the time of a training step go, and that of an evaluation in sampling? PyTorch's profile of ours, by operation.
+"""Where the time of a training step goes, and that of an evaluation in sampling: PyTorch's profile, by operation.
 
-Shares of the time that the operations themselves take, on a GPU that of their kernels; what is left of 100 % are operations
-below the last one shown.
+The script prints the largest shares of the time that the operations themselves take; on a GPU, of the time of their kernels.
+The operations below the last line make up the rest of the 100 %.
 
     python benchmarks/profile_steps.py --precisions bf16
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -22,25 +23,27 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import data
-import flags
-from graphs import ORDINARY_CALLS
-from utils import choose_device, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from diffusion.options import PRECISIONS
+from engine.cuda_graph import ORDINARY_CALLS
+from utils import choose_device
 
-WITHOUT_TARGETS = ["--stable-targets", "0"]  # of which all is one operation: distances to the training digits
+WITHOUT_TARGETS = ["--stable-targets", "0"]  # they are a single operation: distances to the training digits
 WARM_UP = ORDINARY_CALLS + 2  # steps before the profile; on a GPU one of them records the graph
 
 
-def main() -> None:
-    parser = flags.ArgumentParser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--precisions", nargs="+", choices=("fp32", "bf16"), help="default: fp32, and bf16 where it is fast")
-    flag("--batch-size", type=flags.positive_int, default=128, help="images in a training step")
-    flag("--steps", type=flags.positive_int, default=5, help="profiled")
-    flag("--rows", type=flags.positive_int, default=12, help="operations to show")
-    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parser.parse_args()
-    args.data_dir, device = args.data_dir or data.default_data_dir(), choose_device(args.device)
+    flag("--precisions", nargs="+", choices=PRECISIONS, help="default: fp32, and bf16 where the device has it")
+    flag("--batch-size", type=integer(1), default=128, help="images in a training step")
+    flag("--steps", type=integer(1), default=5, help="profiled steps")
+    flag("--rows", type=integer(1), default=12, help="operations to show")
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--device", default="auto", help=DEVICE_HELP)
+    args = parser.parse_args(argv)
+    args.data_dir = args.data_dir or data.default_data_dir()
+    device = choose_device(args.device)
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     gan = argparse.Namespace(**vars(args), width=32, loss="hinge")  # the trainer's defaults
     for precision in args.precisions or precisions(device):
@@ -53,8 +56,8 @@ def main() -> None:
             show(f"{name}, {precision}", loop, args.steps, args.rows, device)
 
 
-def show(title: str, loop, steps: int, rows: int, device: torch.device) -> None:
-    """Print the shares of the operations of so many steps, the largest first."""
+def show(title: str, loop: Iterator[None], steps: int, rows: int, device: torch.device) -> None:
+    """Profile so many steps. Print the operations with the largest shares."""
     for _ in range(WARM_UP):
         next(loop)
     on_gpu = device.type == "cuda"
@@ -62,12 +65,12 @@ def show(title: str, loop, steps: int, rows: int, device: torch.device) -> None:
         for _ in range(steps):
             next(loop)
         wait_for_device()
-    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU  # kernels, not also the operations that launch them
-    events = [e for e in profiled.key_averages() if e.device_type == kind]
-    spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
+    kind = DeviceType.CUDA if on_gpu else DeviceType.CPU  # kernels, without the operations that launch them
+    events = [event for event in profiled.key_averages() if event.device_type == kind]
+    spent = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
     total = sum(spent.values())
     print(f"{title}: {total / steps / 1000:.1f} ms")
-    for key in sorted(spent, key=spent.get, reverse=True)[:rows]:
+    for key in sorted(spent, key=lambda key: spent[key], reverse=True)[:rows]:
         print(f"  {spent[key] / total:6.1%}  {key}")
 
 

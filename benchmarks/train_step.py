@@ -1,69 +1,78 @@
-"""How fast is a GAN training step? Ours against the plain loop of the classic DCGAN example, on the very same networks.
+"""Speed of a GAN's training step: ours beside the plain loop of the classic DCGAN example, with the same networks.
 
-The plain loop: fp32, a DataLoader with ToTensor and Normalize, separate backward passes with all gradients, ordinary
-Adam, `.item()` in every step, no EMA. Ours: `GANStep` on the tensor-resident data, the fused optimizer and the EMA.
-In turn, each in a process of its own: the plain loop as it comes, the plain loop with our allocator settings, and ours in
-both precisions. Reported are images/s (median of the repeats) and the ratio to the first line.
+The plain loop runs in fp32, with a DataLoader, ordinary Adam, a backward pass for each loss, and `.item()` in every step. It
+has no EMA. Ours is `GANStep` with fused Adam and the EMA, on tensors that stay on the device.
+
+Each loop runs in a process of its own, in turn: the plain loop, the plain loop with our allocator settings, and ours in each
+precision. The result is printed: images/s, the median of the repeats, and the ratio to the first line.
 
     python benchmarks/train_step.py
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from timing import LIKE_OURS, LoopApart, add_timing_flags, measure, precisions, report
-from torch import nn
+from timing import WITH_OUR_ALLOCATOR, Loop, LoopApart, add_timing_flags, measure, precisions, report
+from torch import Tensor, nn
 
 import data
-import flags
 import train_gan
-from adversarial import LOSSES, assemble
 from callbacks import EMA
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from loop import TrainState
 from models import build
-from training import TrainState
-from utils import choose_device, run_script
+from recipes.gan import LOSSES, assemble
+from utils import choose_device
+
+PLAIN = "plain loop, fp32"
 
 
-def main() -> None:
-    parser = flags.ArgumentParser(__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--width", type=flags.positive_int, default=32, help="channels of both networks")
+    flag("--width", type=integer(1), default=32, help="channels of both networks")
     flag(
         "--loss",
         choices=("hinge", "bce"),
         default="hinge",
-        help="loss of our step, and both loops' discriminator norm with it (the plain loop's loss is BCE)",
+        help="loss of our step, and the discriminator norm that belongs to it in both loops (the plain loop's loss is BCE)",
     )
-    add_timing_flags(flag, flags.positive_int)
-    flag("--workers", type=flags.natural, default=0, help="loader processes of the plain loop")
-    flag("--data-dir", default=None, help="where MNIST/raw lies (default: $MNIST_DIR, else data)")
-    flag("--device", default="auto", help="auto, cpu, cuda, ...")
-    args = parser.parse_args()
+    add_timing_flags(parser)
+    flag("--workers", type=integer(0), default=0, help="loader processes of the plain loop")
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--device", default="auto", help=DEVICE_HELP)
+    args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()
 
     device = choose_device(args.device)
     data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
-    theirs = "plain loop, fp32"
-    loops = {theirs: LoopApart(plain_loop, args, device)} if device.type == "cpu" else {}
-    loops |= {theirs + LIKE_OURS: LoopApart(with_our_settings, plain_loop, args)}
+    loops: dict[str, Loop] = {}
+    if device.type == "cpu":
+        loops[PLAIN] = LoopApart(plain_loop, args, device)
+    loops[PLAIN + WITH_OUR_ALLOCATOR] = LoopApart(with_our_settings, plain_loop, args)
     for precision in precisions(device):
         loops[f"ours, {precision}, EMA"] = LoopApart(with_our_settings, our_loop, args, precision)
     report(args, device, measure(args, loops), f"width {args.width}, {args.loss}")
 
 
-def with_our_settings(loop, args, *others):
+def with_our_settings(
+    loop: Callable[..., Iterator[Any]], args: argparse.Namespace, *others: object
+) -> Iterator[tuple[float, float] | None]:
     """The loop with the allocator settings that `choose_device` makes."""
     return loop(args, choose_device(args.device), *others)
 
 
-def plain_loop(args, device):
-    """The update of the classic DCGAN example; a step each time the iterator is advanced."""
+def plain_loop(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[float, float]]:
+    """The update of the classic DCGAN example. Each advance takes a step."""
     torch.manual_seed(0)
     generator = build("dcgan", width=args.width).to(device)
     discriminator = build("dcgan_discriminator", width=args.width, norm=LOSSES[args.loss].norm).to(device)
@@ -88,22 +97,23 @@ def plain_loop(args, device):
         yield (error_real + error_fake).item(), error_g.item()
 
 
-def loader(args, workers: int = 0):
+def loader(args: argparse.Namespace, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a DataLoader as in the classic example, epoch after epoch."""
     from torchvision import datasets, transforms
 
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
     dataset = datasets.MNIST(args.data_dir, train=True, transform=transform)
-    epoch = torch.utils.data.DataLoader(
+    epoch: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         dataset, batch_size=args.batch_size, shuffle=True, drop_last=True, num_workers=workers
     )
     return itertools.chain.from_iterable(itertools.repeat(epoch))
 
 
-def our_loop(args, device, precision: str):
-    """`GANStep` with its EMA, as train_gan.py has them; a step each time the iterator is advanced."""
+def our_loop(args: argparse.Namespace, device: torch.device, precision: str) -> Iterator[None]:
+    """`GANStep` with its EMA, as in train_gan.py. Each advance takes a step."""
     digits = data.load_digits("mnist", "train", args.data_dir, device)
-    trainer, state = train_gan.parse_args(["--loss", args.loss, "--width", str(args.width)]), TrainState()
+    trainer = train_gan.parse_args(["--loss", args.loss, "--width", str(args.width)])
+    state = TrainState()
     torch.manual_seed(0)
     networks, _, step = assemble(trainer, state, device, precision, "dcgan", num_classes=0)
     ema = EMA(networks["generator"], trainer.ema_decay)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import textwrap
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,7 +56,8 @@ def compare(path: str | os.PathLike[str], rows: Rows, name: str, axis: str, real
     if real.get(f"{name}_std"):
         low, high = (real[name] + sign * real[f"{name}_std"] for sign in (-1, 1))
         axes.axhspan(low, high, color="black", alpha=0.15, linewidth=0)
-    axes.set_xticks(range(len(rows)), [f"{label_of(row['model'])}\n{row[name]:.2f}" for row in rows])
+    labels = (textwrap.fill(label_of(row["model"]), 12, break_on_hyphens=False) for row in rows)
+    axes.set_xticks(range(len(rows)), [f"{label}\n{row[name]:.2f}" for label, row in zip(labels, rows)])
     axes.set_ylabel(axis)
     axes.margins(y=0.15)
     axes.legend(frameon=False, loc="best")

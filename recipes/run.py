@@ -126,39 +126,21 @@ class Run:
             guessing: the `loss_d` of a discriminator that only guesses. None: there is no discriminator.
             two_way: score the model without labels and with them.
         """
-        args = self.args
         signals = StopSignals()
-        ema = callbacks.EMA(model, args.ema_decay) if args.ema else None
+        ema = callbacks.EMA(model, self.args.ema_decay) if self.args.ema else None
         sampled = ema.model if ema else model
-        conditional = model.config.num_classes > 0
-        scorer = training_scorer(
-            self.digits, Extractor(self.device), args.eval_samples, args.seed, conditional, sample_options, two_way
-        )
-        shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
-        flags = resume.recorded(args)
         files = {
             f"{self.prefix}_{suffix}".rstrip("_"): (name, sampled if network is model else network)
             for suffix, (name, network) in exports.items()
         }
-        gif = self.path("samples", "progress.gif")
-        # The order is the contract: EMA, then what samples, then early stopping and learning rate, then the writers.
-        hooks: dict[str, Any] = {
-            "ema": ema,
-            "gif": callbacks.ProgressGIF(gif, sampled, signals, args.seed, GIF_COLUMNS, shown, sample_options),
-            "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
-            "watchdog": callbacks.Watchdog(guessing),
-            "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
-            "lr_schedule": self._lr_schedule(list(optimizers.values())),
-            "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), rates),
-            "bar": callbacks.ProgressBar(args.epochs * self.batches_per_epoch * args.batch_size, args.epochs),
-            "checkpoints": callbacks.CheckpointWriter(
-                self.last.parent, files, args.save_every, {"flags": flags, "versions": provenance()}
-            ),
-        }
+        hooks = {"ema": ema} | self._hooks(
+            sampled, signals, sample_options or {}, two_way, guessing, optimizers, rates, files
+        )
         writers = {"gif", "watchdog", "log", "bar", "checkpoints"}
         hooks = {name: hook for name, hook in hooks.items() if hook and (is_first() or name not in writers)}
         parts = {**networks, **{f"{name} optimizer": optimizer for name, optimizer in optimizers.items()}, **hooks}
-        header = {"format": FORMAT, "training": self.prefix, "flags": flags, "data_dir": args.data_dir}
+        flags = resume.recorded(self.args)
+        header = {"format": FORMAT, "training": self.prefix, "flags": flags, "data_dir": self.args.data_dir}
         saver = callbacks.StateSaver(self.last, parts, header, signals)
         best = [self.last.parent / f"best_{file}.pt" for file in files]
         with exclusive(self.last.with_name(f".{self.prefix}.lock")) if is_first() else contextlib.nullcontext():
@@ -167,6 +149,36 @@ class Run:
         distributed.leave()
         if is_first():
             self._report([*best, hooks["log"].path, hooks["gif"].path, self.last])
+
+    def _hooks(
+        self,
+        sampled: Any,
+        signals: StopSignals,
+        options: dict[str, Any],
+        two_way: bool,
+        guessing: float | None,
+        optimizers: dict[str, torch.optim.Optimizer],
+        rates: dict[str, torch.optim.Optimizer],
+        files: dict[str, tuple[str, nn.Module]],
+    ) -> dict[str, Any]:
+        """The callbacks after the EMA, by name. Their order is the contract; see callbacks.py."""
+        args = self.args
+        conditional = sampled.config.num_classes > 0
+        extractor = Extractor(self.device)
+        scorer = training_scorer(self.digits, extractor, args.eval_samples, args.seed, conditional, options, two_way)
+        shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
+        gif = self.path("samples", "progress.gif")
+        meta = {"flags": resume.recorded(args), "versions": provenance()}
+        return {
+            "gif": callbacks.ProgressGIF(gif, sampled, signals, args.seed, GIF_COLUMNS, shown, options),
+            "monitor": callbacks.FIDMonitor(scorer, sampled, args.eval_every, signals),
+            "watchdog": callbacks.Watchdog(guessing),
+            "early_stopping": callbacks.EarlyStopping(args.patience, args.eval_every) if args.early_stop else None,
+            "lr_schedule": self._lr_schedule(list(optimizers.values())),
+            "log": callbacks.CSVLogger(self.path("reports", "training_log.csv"), rates),
+            "bar": callbacks.ProgressBar(args.epochs * self.batches_per_epoch * args.batch_size, args.epochs),
+            "checkpoints": callbacks.CheckpointWriter(self.last.parent, files, args.save_every, meta),
+        }
 
     def _begin(self, parts: dict, saver: callbacks.StateSaver, best: list[Path]) -> None:
         """Restore what was saved. A new run keeps the files that it will replace, and saves its first state."""
