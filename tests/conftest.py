@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import os
 import runpy
 import subprocess
@@ -14,19 +16,30 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each worker; torch reads
 
 import pytest
 import torch
+from test_models import small
 from trainers import TRAINERS
 
 import data
+from checkpoint import save_model
 from cli import run_script
 from scoring import reference
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints" / "best_GAN_G.pt"
+META = {"epoch": 3, "metrics": {"fid": 1.5}, "flags": {}, "versions": {}}  # of the file of `saved`
 
 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def embedded_digits_read_once():
+    """scikit-learn parses a text file of its digits at every call, which takes longer than a training step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_read_embedded_digits", functools.cache(data._read_embedded_digits))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -54,18 +67,21 @@ def run(monkeypatch, capsys):
     return call
 
 
-@pytest.fixture
-def fewer_digits(monkeypatch):
-    """A function that makes every script read only so many digits of each split."""
-    load = data.load_digits
-
-    def limit(train: int, test: int) -> None:
+@contextlib.contextmanager
+def reading_fewer_digits(train: int, test: int):
+    """Every script reads only so many digits of each split."""
+    load, sizes = data.load_digits, {"train": train, "test": test}
+    with pytest.MonkeyPatch.context() as patch:
         for module in (data, reference):
-            monkeypatch.setattr(
-                module, "load_digits", lambda *args: load(*args).subset({"train": train, "test": test}[args[1]], "few")
-            )
+            patch.setattr(module, "load_digits", lambda *args: load(*args).subset(sizes[args[1]], "few"))
+        yield
 
-    return limit
+
+@pytest.fixture
+def fewer_digits():
+    """A function that makes every script read only so many digits of each split."""
+    with contextlib.ExitStack() as stack:
+        yield lambda train, test: stack.enter_context(reading_fewer_digits(train, test))
 
 
 def run_process(script: str, *args: object, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
@@ -87,15 +103,35 @@ def read_csv(path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.fixture
+def saved(tmp_path):
+    """A small generator and its file."""
+    network = small("dcgan")
+    path = tmp_path / "best_GAN_G.pt"
+    save_model(path, "dcgan", network, META)
+    return network, path
+
+
 def tiny_ddpm(folder, **config):
     """Write an untrained diffusion model. Returns its path."""
-    from test_models import small
-
-    from checkpoint import save_model
-
     path = folder / f"tiny{''.join(f'_{name}_{value}' for name, value in config.items())}.pt"
     save_model(path, "ddpm", small("ddpm", **config), {})
     return path
+
+
+@pytest.fixture(scope="session")
+def model_files(tmp_path_factory) -> dict[str, Path]:
+    """Files that can be sampled, and files that cannot, by what they are."""
+    folder = tmp_path_factory.mktemp("model files")
+    shipped = {"gan": "best_GAN_G", "discriminator": "best_GAN_D", "classifier": "classifier"}
+    files = {name: ROOT / "checkpoints" / f"{file}.pt" for name, file in shipped.items()}
+    files |= {name: folder / f"{name}.pt" for name in ("missing", "truncated")}
+    files["truncated"].write_bytes(SHIPPED.read_bytes()[:10_000])
+    files["diffusion"] = tiny_ddpm(folder)
+    files["unconditional diffusion"] = tiny_ddpm(folder, num_classes=0)
+    files["diffusion of 5 classes"] = tiny_ddpm(folder, num_classes=5)
+    files["diffusion of 40 timesteps"] = tiny_ddpm(folder, timesteps=40)
+    return files
 
 
 @pytest.fixture(scope="session", params=TRAINERS, ids=[trainer.title for trainer in TRAINERS])

@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 120.0
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "sklearn.datasets", "scipy.stats", "PIL.Image"])
+SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "sklearn.datasets", "PIL.Image"])
 
 
 class Forked:
@@ -45,9 +45,7 @@ class Forked:
         if self.process.exitcode is None:
             self.process.kill()
             raise subprocess.TimeoutExpired(self.command, TIMEOUT)
-        result = subprocess.CompletedProcess(
-            self.command, self.process.exitcode, *(file.read_text() for file in self.files)
-        )
+        result = subprocess.CompletedProcess(self.command, self.process.exitcode, *(file.read_text() for file in self.files))
         self.folder.cleanup()
         return result
 
@@ -63,8 +61,8 @@ def _main(command: list[str], env: dict[str, str], cwd: str, files: list[str]) -
         opened = os.open(file, os.O_WRONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False, buffering=1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False, buffering=1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest may ignore it
     os.environ.clear()
     os.environ.update(env)

@@ -1,4 +1,4 @@
-"""Training steps replayed from CUDA graphs. Where there is no GPU, those that replay one are skipped."""
+"""engine/cuda_graph.py: training steps replayed from CUDA graphs. Without a GPU, most tests are skipped."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train_cgan
 import train_diffusion
 import train_gan
-from recipes.gan import PENALTY_EVERY
-from recipes.gan import assemble as assemble_gan
 from data import Digits
-from recipes.ddpm import assemble as assemble_ddpm
 from engine.cuda_graph import ORDINARY_CALLS
 from loop import TrainState
+from recipes.ddpm import assemble as assemble_ddpm
+from recipes.gan import PENALTY_EVERY
+from recipes.gan import assemble as assemble_gan
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
 CALLS = ORDINARY_CALLS + 6
@@ -27,14 +27,14 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """Without it two equal trainings differ by more than recording does."""
+    """With the usual kernels, two equal trainings differ by more than a recording changes."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
 
 def make_step(kind: str, device: str, precision: str = "fp32", digits: int = 64):
-    """(networks, step, images, labels) of a training with small networks, of 64 of so many digits."""
+    """(networks, step, images, labels) of a training with small networks: 64 of so many digits."""
     torch.manual_seed(0)
     images = torch.randint(0, 256, (digits, 1, 28, 28), dtype=torch.uint8).to(device)
     labels = (torch.arange(digits) % 10).to(device)
@@ -53,7 +53,7 @@ def make_step(kind: str, device: str, precision: str = "fp32", digits: int = 64)
 
 
 def take(step, images, labels, calls: int = CALLS) -> list[dict[str, float]]:
-    """The losses of so many steps, with a learning rate that falls in each."""
+    """The losses of so many steps. The learning rate falls in each."""
     losses = []
     for _ in range(calls):
         for optimizer in step.optimizers.values():
@@ -64,14 +64,15 @@ def take(step, images, labels, calls: int = CALLS) -> list[dict[str, float]]:
     return losses
 
 
-def test_on_a_cpu_nothing_is_recorded():
+def test_a_cpu_records_no_graph():
     _, step, images, labels = make_step("dcgan hinge", "cpu")
     take(step, images, labels)
-    assert not step.graph.active and not step.graph._recordings
+    assert not step.graph.active
+    assert not step.graph._recordings
 
 
 class Reads(TorchDispatchMode):
-    """Where the tensors lie that are read while it is active, but for those that are made meanwhile; and what reads them."""
+    """Notes where the tensors lie that are read while it is active, except those made meanwhile; and what reads them."""
 
     def __init__(self):
         super().__init__()
@@ -90,10 +91,10 @@ class Reads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_reads_nothing_that_only_the_last_one_left(kind):
-    """A recording would go on reading it after it is gone: from memory that is another's, or nobody's."""
+def test_a_step_reads_no_tensor_that_the_step_before_has_made(kind):
+    """A recording would still read from its place in memory when the tensor is gone."""
     _, step, images, labels = make_step(kind, "cpu")
-    found = {True: [], False: []}  # with a penalty, where the loss has one, and without
+    found = {True: [], False: []}  # with a gradient penalty, if the loss has one, and without
     for number in range(3 * PENALTY_EVERY):
         step.state.step = number
         with Reads() as reads:
@@ -106,7 +107,7 @@ def test_a_step_reads_nothing_that_only_the_last_one_left(kind):
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_is_the_ordinary_one(kind, precision):
+def test_a_replayed_step_gives_what_an_ordinary_step_gives(kind, precision):
     networks, step, images, labels = make_step(kind, "cuda", precision)
     replayed = take(step, images, labels, 3 * CALLS)
     assert len(step.graph._recordings) == (2 if "relativistic" in kind else 1)
@@ -123,13 +124,13 @@ def test_a_replayed_step_is_the_ordinary_one(kind, precision):
 
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_draws_new_noise_and_heeds_the_learning_rate(kind):
+def test_a_replayed_step_draws_new_noise_and_follows_the_learning_rate(kind):
     networks, step, images, labels = make_step(kind, "cuda")
     take(step, images, labels, 3 * CALLS)
     for optimizer in step.optimizers.values():
         optimizer.param_groups[0]["lr"] = 0.0
     before = [{key: value.clone() for key, value in network.named_parameters()} for network in networks]
-    step.state.step = 1001  # one without a penalty
+    step.state.step = 1001  # without gradient penalty
     first, again = (take(step, images, labels, 1)[0] for _ in range(2))
     assert first != again  # other random numbers
     step.state.step = 1001
@@ -141,8 +142,8 @@ def test_a_replayed_step_draws_new_noise_and_heeds_the_learning_rate(kind):
 
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_replayed_step_outlives_an_emptied_cache(kind):
-    """And with it other recordings, which empty it."""
+def test_a_replayed_step_still_works_after_the_cache_is_emptied(kind):
+    """Other recordings empty the cache too."""
     losses = []
     for recorded in (True, False):
         _, step, images, labels = make_step(kind, "cuda", digits=60_000)
@@ -156,7 +157,7 @@ def test_a_replayed_step_outlives_an_emptied_cache(kind):
 
 @needs_gpu
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_bad_number_does_not_get_through_a_replayed_step(kind):
+def test_a_replayed_step_with_a_bad_batch_changes_no_weight(kind):
     networks, step, images, labels = make_step(kind, "cuda")
     take(step, images, labels, 3 * CALLS)
     before = [{key: value.clone() for key, value in network.state_dict().items()} for network in networks]

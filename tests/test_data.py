@@ -1,3 +1,5 @@
+"""data.py: the data sets, their scaling and order, and MNIST's download."""
+
 from __future__ import annotations
 
 import functools
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import data
-from utils import ExpectedError
+from files import ExpectedError
 
 
 @pytest.fixture(scope="module")
@@ -19,36 +21,43 @@ def digits():
     return data.load_digits("digits", "train", "unused")
 
 
-def test_scaling_round_trip_is_exact():
+def test_to_uint8_inverts_to_model_range_exactly():
     levels = torch.arange(256, dtype=torch.uint8)
     floats = data.to_model_range(levels)
-    assert floats.min() == -1 and floats.max() == 1
+    assert floats.min() == -1
+    assert floats.max() == 1
     assert torch.equal(data.to_uint8(floats), levels)
+
+
+def test_to_uint8_clips_values_out_of_range():
     assert data.to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
-def test_what_is_not_finite_is_no_image():
-    for bad in (torch.nan, torch.inf):
-        with pytest.raises(ExpectedError, match="not finite"):
-            data.to_uint8(torch.tensor([0.0, bad]))
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_to_uint8_refuses_a_pixel_that_is_not_finite(bad):
+    with pytest.raises(ExpectedError, match="not finite"):
+        data.to_uint8(torch.tensor([0.0, bad]))
 
 
 def test_embedded_digits_are_split_without_overlap(digits):
     test = data.load_digits("digits", "test", "unused")
-    assert digits.images.shape == (1437, 1, 28, 28) and digits.images.dtype == torch.uint8
+    assert digits.images.shape == (1437, 1, 28, 28)
+    assert digits.images.dtype == torch.uint8
     assert test.images.shape == (360, 1, 28, 28)
     assert set(digits.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
-    assert digits.images.max() == 255 and digits.images[:, :, :4].max() == 0  # a border, as MNIST has
+    assert digits.images.max() == 255
+    assert digits.images[:, :, :4].max() == 0, "an empty border, as MNIST has"
     seen = {image.numpy().tobytes() for image in digits.images}
     assert sum(image.numpy().tobytes() in seen for image in test.images) <= 2
 
 
-def test_batches_are_seeded_by_seed_and_epoch(digits):
+def test_the_order_of_batches_follows_from_seed_and_epoch(digits):
     def labels(seed, epoch, start=0):
         return [batch.tolist() for _, batch in data.epoch_batches(digits, 128, seed, epoch, start)]
 
     assert labels(0, 0) == labels(0, 0)
-    assert labels(0, 0) != labels(0, 1) and labels(0, 0) != labels(1, 0)
+    assert labels(0, 0) != labels(0, 1)
+    assert labels(0, 0) != labels(1, 0)
     assert labels(0, 0, start=5) == labels(0, 0)[5:]
     assert len(labels(0, 0)) == 1437 // 128
 
@@ -56,32 +65,45 @@ def test_batches_are_seeded_by_seed_and_epoch(digits):
 def test_an_epoch_visits_each_digit_once(digits):
     few = digits.subset(256, "test")
     images = torch.cat([images for images, _ in data.epoch_batches(few, 64, 0, 0)])
-    assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
+    assert images.dtype == torch.float32
+    assert images.min() == -1
+    assert images.max() == 1
     seen = sorted(image.numpy().tobytes() for image in data.to_uint8(images))
     assert seen == sorted(image.numpy().tobytes() for image in few.images)
 
 
-def test_limit_is_random_and_fixed_by_the_seed(digits):
+def test_a_limit_keeps_random_digits_that_follow_from_the_seed(digits):
     a, b, c = (data.load_digits("digits", "train", "unused", limit=100, seed=seed) for seed in (0, 0, 1))
-    assert len(a) == 100 and torch.equal(a.images, b.images)
+    assert len(a) == 100
+    assert torch.equal(a.images, b.images)
     assert not torch.equal(a.images, c.images)
     assert not torch.equal(a.images, digits.images[:100])
 
 
-def test_bad_sizes_are_refused(digits):
+def test_a_limit_above_the_number_of_digits_is_refused():
     with pytest.raises(ExpectedError, match="--limit 5000"):
         data.load_digits("digits", "train", "unused", limit=5000)
+
+
+def test_a_batch_size_above_the_number_of_digits_is_refused(digits):
     with pytest.raises(ExpectedError, match="--batch-size 2000"):
         list(data.epoch_batches(digits, 2000, 0, 0))
+
+
+def test_unknown_splits_and_data_sets_are_refused():
     with pytest.raises(ValueError, match="split"):
         data.load_digits("digits", "validation", "unused")
+    with pytest.raises(ValueError, match="dataset"):
+        data.load_digits("cifar", "train", "unused")
 
 
-def test_mnist_is_complete(mnist_dir):
+def test_mnist_has_its_published_size_and_labels(mnist_dir):
     for split, count in (("train", 60_000), ("test", 10_000)):
         digits = data.load_digits("mnist", split, mnist_dir)
-        assert digits.images.shape == (count, 1, 28, 28) and digits.images.dtype == torch.uint8
-        assert digits.labels.shape == (count,) and digits.labels.dtype == torch.int64
+        assert digits.images.shape == (count, 1, 28, 28)
+        assert digits.images.dtype == torch.uint8
+        assert digits.labels.shape == (count,)
+        assert digits.labels.dtype == torch.int64
     assert digits.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
 
 
@@ -101,7 +123,7 @@ def copy_mnist(mnist_dir: str, target: Path, gzipped: bool) -> Path:
     return raw
 
 
-def test_gzipped_files_laid_by_hand_are_read(mnist_dir, tmp_path):
+def test_gzipped_files_that_a_user_has_put_there_are_read(mnist_dir, tmp_path):
     copy_mnist(mnist_dir, tmp_path, gzipped=True)
     digits = data.load_digits("mnist", "test", tmp_path)
     assert torch.equal(digits.images, data.load_digits("mnist", "test", mnist_dir).images)
@@ -118,8 +140,7 @@ def test_a_damaged_file_is_refused(mnist_dir, tmp_path, damage):
         data.load_digits("mnist", "test", tmp_path)
 
 
-def test_the_download_goes_on_to_the_second_mirror(mnist_dir, tmp_path, monkeypatch, capsys):
-    """The first mirror has nothing, the second serves the four files."""
+def test_the_second_mirror_serves_what_the_first_one_lacks(mnist_dir, tmp_path, monkeypatch, capsys):
     from torchvision.datasets import MNIST, utils
 
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -137,7 +158,7 @@ def test_the_download_goes_on_to_the_second_mirror(mnist_dir, tmp_path, monkeypa
     assert "code 404" in capsys.readouterr().err  # the server's log: the first mirror was asked
 
 
-def test_unreachable_mirrors_say_what_to_do(tmp_path, monkeypatch):
+def test_without_a_mirror_the_error_names_files_folder_and_alternative(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nothing").as_uri() + "/"])

@@ -1,4 +1,4 @@
-"""The adversarial step and its losses."""
+"""recipes/gan.py: the losses and the update of both networks."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from test_models import small
 
-from recipes.gan import LOSSES, MISMATCH_WEIGHT, GANStep, gradient_penalty
 from loop import TrainState
+from recipes.gan import LOSSES, MISMATCH_WEIGHT, GANStep, gradient_penalty
 from utils import keyed_generator
 
 
 def make_step(loss: str, name: str = "dcgan", precision: str = "fp32", optimizer=torch.optim.Adam):
     generator, discriminator = small(name), small(f"{name}_discriminator", norm=LOSSES[loss].norm)
-    networks = {"lr": generator, "d_lr": discriminator}
+    networks = {"generator": generator, "discriminator": discriminator}
     optimizers = {key: optimizer(network.parameters(), fused=True) for key, network in networks.items()}
     return GANStep(generator, discriminator, optimizers, LOSSES[loss], TrainState(), 0, precision)
 
@@ -21,21 +21,22 @@ def make_step(loss: str, name: str = "dcgan", precision: str = "fp32", optimizer
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["dcgan", "cdcgan"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_step_moves_both_networks(loss, name, precision):
+def test_an_update_moves_every_weight_of_both_networks(loss, name, precision):
     step = make_step(loss, name, precision)
     networks = (step.generator, step.discriminator)
     before = [{key: value.clone() for key, value in network.named_parameters()} for network in networks]
     losses = step(torch.rand(16, 1, 28, 28) * 2 - 1, torch.arange(16) % 10)
     assert set(losses) == {"loss_d", "loss_g"}
-    assert all(loss.isfinite() and not loss.requires_grad for loss in losses.values())
+    assert all(loss.isfinite() for loss in losses.values())
+    assert not any(loss.requires_grad for loss in losses.values())
     for old, network in zip(before, networks):
         moved = {key for key, value in network.named_parameters() if not torch.equal(old[key], value)}
         still = old.keys() - moved
-        assert still <= ({"head.bias"} if loss != "bce" else set()), still  # it cancels out of a difference of logits
+        assert still <= ({"head.bias"} if loss != "bce" else set()), still  # it cancels in a difference of logits
 
 
 def reference_losses(kind: str, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(discriminator's, generator's), from the papers' formulas."""
+    """The losses of discriminator and generator, from the papers' formulas."""
     if kind == "bce":
         bce = torch.nn.functional.binary_cross_entropy_with_logits
         one, zero = torch.ones_like(real), torch.zeros_like(real)
@@ -46,7 +47,7 @@ def reference_losses(kind: str, real: torch.Tensor, fake: torch.Tensor) -> tuple
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_the_losses_are_the_papers(kind):
+def test_the_losses_are_those_of_the_papers(kind):
     real, fake = torch.randn(64) * 2, torch.randn(64) * 2
     expected = reference_losses(kind, real, fake)
     assert torch.allclose(LOSSES[kind].discriminator(real, fake), expected[0], atol=1e-5)
@@ -54,8 +55,8 @@ def test_the_losses_are_the_papers(kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_a_mismatch_costs_what_a_fake_does(kind):
-    """The discriminator's loss but for the part of the real images, which it has once."""
+def test_a_real_image_with_a_wrong_label_costs_what_a_fake_costs(kind):
+    """The mismatch loss is the discriminator's loss without its part of the real images."""
     real, wrong = torch.randn(64) * 2, torch.randn(64) * 2
     expected = reference_losses(kind, real, wrong)[0]
     if kind != "relativistic":
@@ -63,34 +64,38 @@ def test_a_mismatch_costs_what_a_fake_does(kind):
     assert torch.allclose(LOSSES[kind].mismatch(real, wrong), expected, atol=1e-5)
 
 
-def test_wrong_labels_are_fakes_to_the_discriminator():
+def test_the_discriminator_learns_that_wrong_labels_are_fakes():
     step = make_step("relativistic", "cdcgan")
-    step.state.step = 1  # a step without a penalty
+    step.state.step = 1  # a step without gradient penalty
     images, labels = torch.rand(16, 1, 28, 28) * 2 - 1, torch.arange(16) % 10
     drawn = keyed_generator("cpu", 0, "noise", 1)  # first the noise, then the wrong labels
     noise = torch.randn(16, 100, generator=drawn)
     step.rng.set_state(drawn.get_state())
     with torch.no_grad():
         fake = step.generator(noise, labels)
-        wrong_labels = step._questions(labels)[1]
-        asked = ((images, labels), (fake, labels), (images, wrong_labels))
-        real, made, wrong = (step.discriminator(x, y) for x, y in asked)
+        wrong_labels = step._with_wrong_labels(labels)[1]
+        pairs = ((images, labels), (fake, labels), (images, wrong_labels))
+        real, made, wrong = (step.discriminator(x, y) for x, y in pairs)
     as_fakes = [reference_losses("relativistic", real, fakes)[0] for fakes in (made, wrong)]
     expected = as_fakes[0] + MISMATCH_WEIGHT * as_fakes[1]
     assert float(step(images, labels)["loss_d"]) == pytest.approx(float(expected), rel=1e-4)
 
-    drawn = step._questions(torch.full((9000,), 3))[1].bincount(minlength=10)
-    assert drawn[3] == 0 and all(abs(count - 1000) < 150 for i, count in enumerate(drawn.tolist()) if i != 3)
+
+def test_wrong_labels_are_uniform_over_the_other_classes():
+    right, wrong = make_step("relativistic", "cdcgan")._with_wrong_labels(torch.full((9000,), 3))
+    counts = wrong.bincount(minlength=10).tolist()
+    assert (right == 3).all()
+    assert counts.pop(3) == 0
+    assert all(abs(count - 1000) < 150 for count in counts)
 
 
-def test_the_gradient_penalty_of_a_known_function():
-    """logit = w.x has the gradient w everywhere."""
+def test_the_gradient_penalty_of_a_linear_function_is_its_squared_slope():
     images, w = torch.randn(5, 1, 4, 4, requires_grad=True), torch.randn(16)
     assert gradient_penalty(images.flatten(1) @ w, images) == pytest.approx(float(w.square().sum()), rel=1e-5)
 
 
-def test_the_update_is_the_textbook_one():
-    """The step's gradients against the plain formulation: everything with gradients, two losses, two updates."""
+def test_the_update_is_the_one_of_the_textbook():
+    """Two losses and two backward passes, without the savings of GANStep."""
     step, plain = make_step("bce", optimizer=torch.optim.SGD), make_step("bce", optimizer=torch.optim.SGD)
     plain.generator.load_state_dict(step.generator.state_dict())
     plain.discriminator.load_state_dict(step.discriminator.state_dict())
@@ -100,24 +105,25 @@ def test_the_update_is_the_textbook_one():
     bce, one = torch.nn.functional.binary_cross_entropy_with_logits, torch.ones(8)
     noise = torch.randn(8, 100, generator=keyed_generator("cpu", 0, "noise", 0))
     fake = plain.generator(noise)
-    plain.optimizers["d_lr"].zero_grad()
+    plain.optimizers["discriminator"].zero_grad()
     bce(plain.discriminator(images), one).backward()
     bce(plain.discriminator(fake.detach()), 0 * one).backward()
-    plain.optimizers["d_lr"].step()
-    plain.optimizers["lr"].zero_grad()
+    plain.optimizers["discriminator"].step()
+    plain.optimizers["generator"].zero_grad()
     bce(plain.discriminator(fake), one).backward()
-    plain.optimizers["lr"].step()
+    plain.optimizers["generator"].step()
     for ours, theirs in ((step.generator, plain.generator), (step.discriminator, plain.discriminator)):
         for key, value in theirs.state_dict().items():
             assert torch.allclose(ours.state_dict()[key].float(), value.float(), atol=1e-4), key
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_one_pass_judges_as_two_would(loss):
-    """Also by class; with BatchNorm each side must keep its own statistics."""
+def test_real_and_fake_images_are_judged_as_in_two_separate_passes(loss):
+    """With BatchNorm, each side must keep its own statistics."""
     step = make_step(loss, "cdcgan")
     real, fake, labels = torch.rand(8, 1, 28, 28), -torch.rand(8, 1, 28, 28), torch.arange(8)
-    step.discriminator(real, labels), step.discriminator.eval()  # fixes the power iteration of spectral norm
+    step.discriminator(real, labels)
+    step.discriminator.eval()  # fixes the power iteration of spectral norm
     if loss == "bce":
         step.discriminator.train()
     both = step._judge(real, fake, labels[None])

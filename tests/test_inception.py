@@ -1,20 +1,21 @@
-"""The Inception extractor, on a weights file of the right architecture made here: the canonical one is a download."""
+"""scoring/inception.py, with random weights in the right architecture, because the canonical weights are a download."""
 
 from __future__ import annotations
 
-import csv
 import pickle
 
 import pytest
 import torch
-from conftest import error_line
+from conftest import error_line, read_csv
+from test_models import small
 from torch_fidelity import feature_extractor_inceptionv3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 import data
-from scoring import inception
+from checkpoint import save_model
+from files import ExpectedError
+from scoring import inception, reference
 from scoring.inception import InceptionExtractor
-from utils import ExpectedError
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +44,19 @@ def digits(mnist_dir):
     return data.load_digits("mnist", "test", mnist_dir).subset(3, "inception").images
 
 
-def test_it_sees_what_torchmetrics_sees(weights, digits):
-    """torchmetrics' wrapper of the network, fed with three equal channels, without the antialiasing that it adds."""
+def test_features_and_probabilities_are_those_of_torchmetrics(weights, digits):
+    """torchmetrics is given three equal channels, and its antialiasing is switched off."""
     features, probabilities = InceptionExtractor("cpu", weights)(digits)
     theirs = NoTrainInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights), antialias=False)
     expected, logits = theirs._torch_fidelity_forward(digits.repeat(1, 3, 1, 1))
-    assert features.shape == (3, 2048) and features.std() > 1e-3
+    assert features.shape == (3, 2048)
+    assert features.std() > 1e-3
     assert torch.allclose(features, expected, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(probabilities, logits.softmax(1), atol=1e-5) and probabilities.shape == (3, 1008)
+    assert probabilities.shape == (3, 1008)
+    assert torch.allclose(probabilities, logits.softmax(1), atol=1e-5)
 
 
-def test_only_uint8_is_scored(weights, digits):
+def test_images_that_are_not_uint8_are_refused(weights, digits):
     with pytest.raises(ValueError, match="uint8"):
         InceptionExtractor("cpu", weights)(digits.float())
 
@@ -64,7 +67,7 @@ class Code:
 
 
 @pytest.mark.parametrize("content", ["code", "text", "other", "nothing"])
-def test_other_files_are_refused(tmp_path, content):
+def test_a_file_without_the_weights_is_refused(tmp_path, content):
     path = tmp_path / "weights.pth"
     if content == "code":
         path.write_bytes(pickle.dumps(Code()))
@@ -76,30 +79,52 @@ def test_other_files_are_refused(tmp_path, content):
         InceptionExtractor("cpu", path)
 
 
-def test_what_to_do_without_a_network_is_said(tmp_path, monkeypatch):
+@pytest.fixture
+def canonical_path(tmp_path, monkeypatch):
+    """Where the canonical weights are expected, while they cannot be downloaded."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(inception, "URL", (tmp_path / "nothing" / "weights-6726825d.pth").as_uri())
-    path = tmp_path / "checkpoints" / "weights-6726825d.pth"
+    return tmp_path / "checkpoints" / "weights-6726825d.pth"
+
+
+def test_a_failed_download_says_which_file_to_put_where(canonical_path):
     with pytest.raises(ExpectedError, match="cannot be downloaded") as error:
         inception.canonical_weights()
-    assert all(part in str(error.value) for part in (inception.URL, inception.SHA256_START, str(path)))
-    path.write_text("another file")
+    for part in (inception.URL, inception.SHA256_START, str(canonical_path)):
+        assert part in str(error.value)
+
+
+def test_another_file_in_place_of_the_canonical_weights_is_refused(canonical_path):
+    canonical_path.parent.mkdir()
+    canonical_path.write_text("another file")
     with pytest.raises(ExpectedError, match="not the canonical file"):
         inception.canonical_weights()
 
 
-def test_evaluate_takes_it(weights, mnist_dir, run, tmp_path, fewer_digits, monkeypatch):
-    """Of few digits, at a sixteenth of the network's pixels, so that it takes seconds."""
-    fewer_digits(train=400, test=400)
+@pytest.fixture
+def inception_evaluation(mnist_dir, tmp_path, fewer_digits, monkeypatch):
+    """The arguments of an evaluation that takes seconds: few digits, and a sixteenth of the network's pixels.
+
+    The model is an untrained class-conditional generator.
+    """
+    fewer_digits(train=300, test=200)
     monkeypatch.setattr(feature_extractor_inceptionv3.FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 75)
-    monkeypatch.setattr("evaluation.FLOOR_SUBSETS", 2)
-    args = ["--models", "checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt", "--n", 200, "--seeds", 1]
-    args += ["--extractor", "inception", "--data-dir", mnist_dir, "--out-dir", tmp_path]
-    code, _, err = run("evaluate.py", *args, "--inception-weights", weights)
+    monkeypatch.setattr(reference, "FLOOR_SUBSETS", 1)
+    save_model(tmp_path / "untrained.pt", "cdcgan", small("cdcgan"), {})
+    args = ["--models", tmp_path / "untrained.pt", "--n", 200, "--seeds", 1, "--data-dir", mnist_dir]
+    return [*args, "--extractor", "inception", "--out-dir", tmp_path]
+
+
+def test_evaluate_scores_with_the_inception_network(weights, inception_evaluation, run, tmp_path):
+    code, _, err = run("evaluate.py", *inception_evaluation, "--inception-weights", weights)
     assert code == 0, err
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert all(row["extractor"] == "inception" for row in rows)
-    assert float(rows[2]["fid"]) > float(rows[0]["fid"]) > 0 and "label_accuracy" not in rows[0]
-    code, _, err = run("evaluate.py", *args, "--inception-weights", tmp_path / "none.pth")
-    assert code == 1 and "does not hold" in error_line(err)
+    real, test, cgan = read_csv(tmp_path / "metrics.csv")
+    assert [row["extractor"] for row in (real, test, cgan)] == ["inception"] * 3
+    assert float(cgan["fid"]) > 2 * float(real["fid"]) > 0
+    assert "label_accuracy" not in cgan, "this network does not know the digits"
+
+
+def test_evaluate_refuses_a_missing_weights_file(inception_evaluation, run, tmp_path):
+    code, _, err = run("evaluate.py", *inception_evaluation, "--inception-weights", tmp_path / "none.pth")
+    assert code == 1
+    assert "does not hold" in error_line(err)

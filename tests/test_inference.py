@@ -1,4 +1,4 @@
-"""inference.py as a user calls it, and what it promises of the shipped conditional DCGAN."""
+"""inference.py as a user calls it, and the quality of the digits that it draws."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 
 import imageio.v3 as imageio
 import numpy as np
+import pytest
 import torch
-from conftest import ROOT, error_line, run_process
+from conftest import ROOT, error_line
+from forked import run_forked
 
-from scoring import metrics
 from checkpoint import save_model
-from evaluation import Extractor
-from cli import DIGIT_GUIDANCE
+from diffusion.options import SCRIPT_GUIDANCE
 from models import build
+from scoring import metrics
+from scoring.extractor import Extractor
 
 SHIPPED = ROOT / "checkpoints" / "best_CGAN_G.pt"
 DIFFUSION = ROOT / "checkpoints" / "best_DIFF.pt"
@@ -24,12 +26,7 @@ def pictures(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def save(path, name: str, **config):
-    save_model(path, name, build(name, width=4, **config), {})
-    return path
-
-
-def test_a_digit_has_its_samples_and_its_strip(run, tmp_path):
+def test_a_digit_gets_a_picture_for_each_sample_and_a_strip(run, tmp_path):
     code, out, err = run("inference.py", "--model", SHIPPED, "--digit", 9, "--outdir", tmp_path, "--samples", 3)
     assert code == 0, err
     names = ["digit_9_001.png", "digit_9_002.png", "digit_9_003.png", "digit_9.png"]
@@ -43,81 +40,111 @@ def test_a_digit_has_its_samples_and_its_strip(run, tmp_path):
         assert np.array_equal(strip[2:30, 2 + 30 * column :][:, :28], sample)
 
 
-def test_the_seed_decides_whatever_else_is_drawn(run, tmp_path):
-    """Defaults are all digits and seed 0; three of them asked for, in any order, are the same."""
-    for folder, args in (("all", []), ("again", ["--digit", "all"]), ("some", ["--digit", 7, 0, 7, "--seed", 0]),
-                         ("other", ["--seed", 1])):  # fmt: skip
-        assert run("inference.py", "--model", SHIPPED, "--outdir", tmp_path / folder, "--samples", 2, *args)[0] == 0
-    every, again, some, other = (pictures(tmp_path / name) for name in ("all", "again", "some", "other"))
-    assert len(every) == 30 and every == again
-    assert len(some) == 6 and some.items() <= every.items()
-    assert all(every[name] != other[name] for name in every)
+@pytest.fixture
+def drawn(run, tmp_path):
+    """A function that draws with the shipped GAN. It returns the pictures by name."""
 
-
-def test_a_long_strip_wraps(run, tmp_path):
-    assert run("inference.py", "--model", SHIPPED, "--digit", 1, "--samples", 41, "--outdir", tmp_path)[0] == 0
-    assert imageio.imread(tmp_path / "digit_1.png").shape == (3 * 30 + 2, 20 * 30 + 2)
-
-
-def test_a_diffusion_model_draws_digits_through_the_same_interface(run, tmp_path):
-    """With the default guidance, or another; that and the sampler change the picture."""
-    for folder, args in (("default", []), ("same", ["--guidance", DIGIT_GUIDANCE]), ("plain", ["--guidance", 1.0]),
-                         ("ddim", ["--sampler", "ddim", "--steps", 15])):  # fmt: skip
-        code, _, err = run("inference.py", "--model", DIFFUSION, "--digit", 9, *args, "--outdir", tmp_path / folder)
+    def draw(folder: str, *args: object, model=SHIPPED) -> dict[str, bytes]:
+        code, _, err = run("inference.py", "--model", model, "--outdir", tmp_path / folder, *args)
         assert code == 0, err
-    default, same, plain, ddim = (pictures(tmp_path / name) for name in ("default", "same", "plain", "ddim"))
-    assert len(default) == 11 and default == same
-    assert all(default[name] != plain[name] and default[name] != ddim[name] for name in default)
+        return pictures(tmp_path / folder)
+
+    return draw
+
+
+def test_all_digits_with_seed_0_are_the_default(drawn):
+    default = drawn("default", "--samples", 2)
+    assert len(default) == 30
+    assert default == drawn("typed", "--samples", 2, "--digit", "all", "--seed", 0)
+
+
+def test_a_digit_looks_the_same_whatever_others_are_drawn(drawn):
+    some = drawn("some", "--samples", 2, "--digit", 7, 0, 7)
+    assert len(some) == 6
+    assert some.items() <= drawn("all", "--samples", 2).items()
+
+
+def test_another_seed_gives_other_pictures(drawn):
+    first, other = drawn("first", "--samples", 2), drawn("other", "--samples", 2, "--seed", 1)
+    assert all(first[name] != other[name] for name in first)
+
+
+def test_a_long_strip_has_rows_of_20(drawn, tmp_path):
+    drawn("ones", "--digit", 1, "--samples", 41)
+    assert imageio.imread(tmp_path / "ones" / "digit_1.png").shape == (3 * 30 + 2, 20 * 30 + 2)
+
+
+def test_guidance_and_sampler_change_the_digits_of_a_diffusion_model(drawn, tmp_path):
+    default, same, plain, ddim = (
+        drawn(folder, "--digit", 9, *args, model=DIFFUSION)
+        for folder, args in (
+            ("default", []),
+            ("same", ["--guidance", SCRIPT_GUIDANCE]),
+            ("plain", ["--guidance", 1.0]),
+            ("ddim", ["--sampler", "ddim", "--steps", 15]),
+        )
+    )
+    assert len(default) == 11
+    assert default == same
+    assert all(default[name] != plain[name] for name in default)
+    assert all(default[name] != ddim[name] for name in default)
     images = torch.stack([torch.from_numpy(imageio.imread(path)) for path in sorted(tmp_path.glob("*/digit_9_*.png"))])
     _, probabilities = Extractor()(images[:, None])
-    assert len(images) == 40 and metrics.label_accuracy(probabilities, torch.full((40,), 9)) >= 0.9
+    assert len(images) == 40
+    assert metrics.label_accuracy(probabilities, torch.full((40,), 9)) >= 0.9
 
 
-def test_what_cannot_be_drawn_is_said_in_a_line(run, tmp_path):
-    few = save(tmp_path / "few.pt", "cdcgan", num_classes=5)
-    for args, reason in (
-        (["--model", ROOT / "checkpoints" / "best_GAN_G.pt", "--digit", 9], "unconditional"),
-        (["--model", few, "--digit", 4, 5], "no digit 5"),
-        (["--model", ROOT / "checkpoints" / "best_CGAN_D.pt"], "cannot be sampled"),
-        (["--model", tmp_path / "none.pt"], "does not exist"),
-        (["--model", SHIPPED, "--guidance", 2], "cdcgan, which has no --guidance"),
-        (["--model", DIFFUSION, "--steps", 1001], "steps must be"),
-        (["--device", "toaster"], "toaster"),
-    ):
-        code, out, err = run("inference.py", *args, "--outdir", tmp_path / "out")
-        assert (
-            code == (1 if reason in ("cannot be sampled", "does not exist") else 2) and reason in error_line(err) and not out
-        )
+@pytest.fixture
+def five_classes(tmp_path):
+    """The file of an untrained model of five classes."""
+    save_model(tmp_path / "five.pt", "cdcgan", build("cdcgan", width=4, num_classes=5), {})
+    return tmp_path / "five.pt"
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "reason"),
+    [
+        (["--model", ROOT / "checkpoints" / "best_GAN_G.pt", "--digit", 9], 2, "unconditional"),
+        (["--model", ROOT / "checkpoints" / "best_CGAN_D.pt"], 1, "cannot be sampled"),
+        (["--model", "none.pt"], 1, "does not exist"),
+        (["--model", SHIPPED, "--guidance", 2], 2, "cdcgan, which has no --guidance"),
+        (["--model", DIFFUSION, "--steps", 1001], 2, "steps must be"),
+        (["--device", "toaster"], 2, "toaster"),
+        (["--digit", 4, 5], 2, "no digit 5"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(args, code, reason, five_classes, run, tmp_path):
+    found, out, err = run("inference.py", "--model", five_classes, *args, "--outdir", tmp_path / "out")
+    assert found == code
+    assert reason in error_line(err)
+    assert not out
     assert not (tmp_path / "out").exists()
 
 
-def test_all_means_the_classes_of_the_model(run, tmp_path):
-    few = save(tmp_path / "few.pt", "cdcgan", num_classes=5)
-    assert run("inference.py", "--model", few, "--samples", 1, "--outdir", tmp_path / "out")[0] == 0
-    strips = {name for name in pictures(tmp_path / "out") if len(name) == len("digit_0.png")}
+def test_all_means_the_classes_of_the_model(five_classes, drawn):
+    strips = {name for name in drawn("out", "--samples", 1, model=five_classes) if len(name) == len("digit_0.png")}
     assert strips == {f"digit_{digit}.png" for digit in range(5)}
 
 
-def test_a_thousand_nines_read_as_nines(run, tmp_path):
-    """The label accuracy that the reports claim for the nine holds, within chance, for the pictures that a user gets."""
+def test_a_thousand_nines_have_the_label_accuracy_of_the_reports(drawn, tmp_path):
+    """Within three standard deviations."""
     with (ROOT / "reports" / "metrics_by_digit.csv").open() as file:
         (claimed,) = (
             float(row["label_accuracy"]) for row in csv.DictReader(file) if (row["model"], row["digit"]) == ("cdcgan", "9")
         )
-    assert run("inference.py", "--digit", 9, "--samples", 1000, "--model", SHIPPED, "--outdir", tmp_path)[0] == 0
-    paths = sorted(tmp_path.glob("digit_9_*.png"))
+    drawn("nines", "--digit", 9, "--samples", 1000)
+    paths = sorted(tmp_path.glob("nines/digit_9_*.png"))
     images = torch.stack([torch.from_numpy(imageio.imread(path)) for path in paths])[:, None]
-    assert len(images) == 1000 and len({image.numpy().tobytes() for image in images}) == 1000
+    assert len({image.numpy().tobytes() for image in images}) == 1000, "no two are equal"
     _, probabilities = Extractor()(images)
     chance = math.sqrt(claimed * (1 - claimed) / 1000)
     assert metrics.label_accuracy(probabilities, torch.full((1000,), 9)) >= claimed - 3 * chance
 
 
-def test_a_fresh_process_draws_the_shipped_digits(tmp_path):
-    """What is shipped under digit_samples/ is what the default command draws."""
-    result = run_process("inference.py", "--outdir", tmp_path, "--device", "cpu")
+def test_the_default_command_draws_the_shipped_digit_samples(tmp_path):
+    result = run_forked("inference.py", "--outdir", tmp_path, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     for digit in range(10):
         folders = (tmp_path, ROOT / "digit_samples")
         ours, shipped = (imageio.imread(folder / f"digit_{digit}.png").astype(int) for folder in folders)
-        assert np.abs(ours - shipped).max() <= 2, digit  # another machine may round another way
+        assert np.abs(ours - shipped).max() <= 2, digit  # machines round differently

@@ -1,4 +1,4 @@
-"""The metric cores against independent implementations and closed forms."""
+"""scoring/metrics.py, against independent implementations and closed forms."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def correlated(n: int, d: int, seed: int, shift: float = 0.0) -> torch.Tensor:
 
 
 def sqrtm_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The textbook formula, with scipy's matrix root."""
+    """The formula of the paper, with scipy's matrix root."""
     a, b = a.double().numpy(), b.double().numpy()
     s, t = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = scipy.linalg.sqrtm(s @ t).real
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s + t - 2 * root))
 
 
-def test_variety_is_the_share_of_the_variance():
+def test_variety_is_the_ratio_of_total_variances():
     real = torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))
     whole = metrics.gaussian(real)
     assert metrics.variety(whole, whole) == 1
@@ -71,32 +71,36 @@ def test_frechet_distance_of_known_gaussians():
     assert metrics.frechet_distance(a, b) == pytest.approx(metrics.frechet_distance(b, a))
 
 
-def test_frechet_distance_with_singular_covariances():
-    """A collapsed model (all samples equal) and fewer samples than dimensions."""
+def test_frechet_distance_of_a_collapsed_model():
+    """All samples are equal, so their covariance is zero."""
     real = correlated(1000, 64, 3)
     collapsed = real[:1].repeat(50, 1)
     statistics = metrics.gaussian(real)
     expected = float((collapsed[0].double() - statistics.mean).square().sum() + statistics.covariance.trace())
     assert metrics.frechet_distance(metrics.gaussian(collapsed), statistics) == pytest.approx(expected, rel=1e-9)
-    few = metrics.gaussian(real[:20])
+
+
+def test_frechet_distance_of_fewer_samples_than_dimensions():
+    real = correlated(1000, 64, 3)
+    statistics, few = metrics.gaussian(real), metrics.gaussian(real[:20])
     assert metrics.frechet_distance(few, statistics) == pytest.approx(sqrtm_distance(real[:20], real), rel=1e-4)
     assert metrics.frechet_distance(few, statistics) == pytest.approx(metrics.frechet_distance(statistics, few), rel=1e-6)
 
 
-def test_a_distance_that_is_not_finite_is_no_perfect_one():
+def test_a_frechet_distance_that_is_not_finite_is_an_error():
     a, b = metrics.gaussian(torch.randn(9, 3)), metrics.gaussian(torch.randn(9, 3))
     with pytest.raises(ValueError, match="not finite"):
         metrics.frechet_distance(a._replace(mean=a.mean * math.nan), b)
 
 
 @pytest.mark.parametrize("features", [torch.ones(1, 4), torch.ones(4), torch.full((5, 4), math.nan)])
-def test_bad_features_are_refused(features):
+def test_features_that_are_too_few_or_not_finite_are_refused(features):
     with pytest.raises(ValueError, match="features"):
         metrics.gaussian(features)
 
 
 def test_inception_score_against_torchmetrics():
-    """One split, so that the shuffle does not matter; then ten, by the definition."""
+    """With one split, so that the shuffle does not matter."""
     from torchmetrics.image.inception import InceptionScore
 
     class Logits(nn.Module):
@@ -114,29 +118,38 @@ def test_inception_score_of_known_distributions():
     certain = torch.eye(10).repeat(100, 1)
     assert metrics.inception_score(certain, rng(), splits=1).mean == pytest.approx(10)
     assert metrics.inception_score(torch.full((100, 10), 0.1), rng()).mean == pytest.approx(1)
-    assert metrics.inception_score(certain[:1].repeat(100, 1), rng()).mean == pytest.approx(1)  # one class: collapsed
+    assert metrics.inception_score(certain[:1].repeat(100, 1), rng()).mean == pytest.approx(1)  # a single class
     ten = metrics.inception_score(certain, rng(), splits=10)
-    assert 9 < ten.mean < 10 and ten.std > 0
+    assert 9 < ten.mean < 10
+    assert ten.std > 0
+
+
+def test_inception_score_needs_a_row_for_each_split():
     with pytest.raises(ValueError, match="at least 10 rows"):
-        metrics.inception_score(certain[:5], rng())
+        metrics.inception_score(torch.eye(5), rng())
 
 
 def test_kernel_distance_against_torchmetrics():
     from torchmetrics.image.kid import poly_mmd
 
     a, b = correlated(200, 16, 4).double(), correlated(200, 16, 5, shift=0.5).double()
-    ours = metrics.kernel_distance(a, b, rng(), subsets=1, subset_size=200)  # the subset is the whole: order is no matter
+    ours = metrics.kernel_distance(
+        a, b, rng(), subsets=1, subset_size=200
+    )  # one subset of all rows: the order does not matter
     assert ours.mean == pytest.approx(float(poly_mmd(a, b)), rel=1e-9)
 
 
-def test_kernel_distance_is_unbiased():
+def test_kernel_distance_of_equal_distributions_is_zero_on_average():
     same = metrics.kernel_distance(torch.randn(3000, 8), torch.randn(3000, 8), rng(), subsets=50, subset_size=200)
     assert abs(same.mean) < 3 * same.std / math.sqrt(50) + 1e-3
+
+
+def test_kernel_distance_of_shifted_features_is_positive():
     assert metrics.kernel_distance(torch.randn(500, 8), torch.randn(500, 8) + 1, rng()).mean > 0.1
 
 
-def test_torch_fidelity_agrees():
-    """All that it computes from features, on the same ones; subsets are the whole, so that their choice is no matter."""
+def test_all_figures_agree_with_torch_fidelity():
+    """On the same features. Each subset is the whole, so that its choice does not matter."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
     from torch_fidelity.metric_kid import kid_features_to_metric
@@ -176,42 +189,78 @@ def brute_fidelity(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, f
 
 def test_fidelity_against_the_definitions(monkeypatch):
     real, fake = torch.randn(70, 3).double(), torch.randn(50, 3).double() * 1.3 + 0.4
-    monkeypatch.setattr(metrics, "CHUNK", 16)  # so that several chunks are joined
+    monkeypatch.setattr(metrics, "CHUNK", 16)  # smaller than the features, so that there are several chunks
     assert metrics.fidelity(real, fake, k=3) == pytest.approx(brute_fidelity(real.numpy(), fake.numpy(), 3))
 
 
-def test_fidelity_sees_what_it_should():
-    real = torch.randn(1000, 4)
-    assert metrics.fidelity(real, torch.randn(1000, 4)).precision > 0.9
-    one_mode = metrics.fidelity(real, torch.randn(1000, 4) * 0.1)
-    assert one_mode.precision > 0.95 and one_mode.recall < 0.05 and one_mode.coverage < 0.3
-    far = metrics.fidelity(real, torch.randn(1000, 4) + 20)
-    assert far == (0, 0, 0, 0)
+def test_samples_of_the_real_distribution_have_high_precision():
+    assert metrics.fidelity(torch.randn(1000, 4), torch.randn(1000, 4)).precision > 0.9
+
+
+def test_samples_of_one_mode_have_high_precision_but_low_recall_and_coverage():
+    one_mode = metrics.fidelity(torch.randn(1000, 4), torch.randn(1000, 4) * 0.1)
+    assert one_mode.precision > 0.95
+    assert one_mode.recall < 0.05
+    assert one_mode.coverage < 0.3
+
+
+def test_samples_far_from_all_real_features_score_zero():
+    assert metrics.fidelity(torch.randn(1000, 4), torch.randn(1000, 4) + 20) == (0, 0, 0, 0)
+
+
+def test_fidelity_needs_more_samples_than_neighbours():
     with pytest.raises(ValueError, match="at least 6"):
-        metrics.fidelity(real, real[:5])
+        metrics.fidelity(torch.randn(1000, 4), torch.randn(5, 4))
 
 
-def test_nearest_neighbours_and_memorisation():
-    train = torch.rand(500, 1, 6, 6)
-    test = torch.rand(300, 1, 6, 6)
+@pytest.fixture
+def train():
+    return torch.rand(500, 1, 6, 6)
+
+
+@pytest.fixture
+def other_images():
+    return torch.rand(300, 1, 6, 6)
+
+
+def test_the_nearest_neighbour_of_a_training_image_is_itself(train):
     distance, index = metrics.nearest_neighbours(train[:40], train)
-    assert torch.equal(index, torch.arange(40)) and distance.max() < 1e-2
-    expected = (test[:, None] - train[None]).flatten(2).norm(dim=2).min(1)
-    found = metrics.nearest_neighbours(test, train)
-    assert torch.allclose(found[0], expected.values, atol=1e-4) and torch.equal(found[1], expected.indices)
-
-    copies = metrics.memorisation(metrics.nearest_neighbours(train[:100] + 0.001, train)[0], found[0])
-    assert copies.share_close == 1 and copies.median_ratio < 0.1 and copies.percentile_ratio < 0.1
-    fresh = metrics.memorisation(metrics.nearest_neighbours(torch.rand(2000, 1, 6, 6), train)[0], found[0])
-    assert fresh.share_close < 0.05 and fresh.median_ratio == pytest.approx(1, abs=0.05)
+    assert torch.equal(index, torch.arange(40))
+    assert distance.max() < 1e-2
 
 
-def test_label_accuracy_and_estimate():
+def test_nearest_neighbours_against_the_definition(train, other_images):
+    expected = (other_images[:, None] - train[None]).flatten(2).norm(dim=2).min(1)
+    distance, index = metrics.nearest_neighbours(other_images, train)
+    assert torch.allclose(distance, expected.values, atol=1e-4)
+    assert torch.equal(index, expected.indices)
+
+
+def test_memorisation_of_copies_is_complete(train, other_images):
+    samples, test = (metrics.nearest_neighbours(images, train)[0] for images in (train[:100] + 0.001, other_images))
+    copies = metrics.memorisation(samples, test)
+    assert copies.share_close == 1
+    assert copies.median_ratio < 0.1
+    assert copies.percentile_ratio < 0.1
+
+
+def test_memorisation_of_new_images_is_that_of_test_images(train, other_images):
+    new = torch.rand(2000, 1, 6, 6)
+    samples, test = (metrics.nearest_neighbours(images, train)[0] for images in (new, other_images))
+    found = metrics.memorisation(samples, test)
+    assert found.share_close < 0.05
+    assert found.median_ratio == pytest.approx(1, abs=0.05)
+
+
+def test_label_accuracy_is_the_share_of_right_predictions():
     assert metrics.label_accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+
+
+def test_an_estimate_is_mean_and_standard_deviation():
     assert metrics.estimate([1.0, 2.0, 3.0]) == (2.0, 1.0)
 
 
-def test_class_distances_compare_each_class_with_its_own():
+def test_class_distances_compare_equal_classes():
     features, labels = torch.randn(400, 6, generator=torch.Generator().manual_seed(0)), torch.arange(400) % 4
     moved = features + torch.tensor([0.0, 1.0, 2.0, 3.0])[labels][:, None]
     a, b = (metrics.class_gaussians(x, labels, 4) for x in (features, moved))
@@ -221,6 +270,8 @@ def test_class_distances_compare_each_class_with_its_own():
 def test_a_class_that_is_too_small_has_no_distance():
     labels = torch.tensor([0] * 9 + [1])
     classes = metrics.class_gaussians(torch.randn(10, 3), labels, 3)
-    assert classes[0].n == 9 and classes[1:] == [None, None]
+    assert classes[0].n == 9
+    assert classes[1:] == [None, None]
     distances = metrics.class_frechet_distances(classes, classes)
-    assert distances[0] < 1e-9 and all(math.isnan(value) for value in distances[1:])
+    assert distances[0] < 1e-9
+    assert all(math.isnan(value) for value in distances[1:])

@@ -1,4 +1,4 @@
-"""Muon: the orthogonal update against its definition and against torch's, and what it refuses or holds back."""
+"""engine/muon.py: the orthogonal update, against its definition and against torch.optim.Muon."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.ddpm import make_optimizers
-from models import build
 from engine.muon import Muon, orthogonal
+from models import build
+from recipes.ddpm import make_optimizers
 
 
 @pytest.mark.parametrize("shape", [(3, 20, 50), (2, 50, 20), (1, 30, 30)])
-def test_the_singular_vectors_stay_and_the_values_come_near_to_1(shape):
-    """For singular values over a factor of 50."""
+def test_orthogonal_keeps_singular_vectors_and_brings_singular_values_near_1(shape):
+    """For singular values whose ratio is up to 50."""
     n, rows, columns = shape
     rank = min(rows, columns)
     u, v = (torch.linalg.qr(torch.randn(n, size, rank))[0] for size in (rows, columns))
@@ -26,17 +26,18 @@ def test_the_singular_vectors_stay_and_the_values_come_near_to_1(shape):
     inside = u.mT @ result @ v
     assert torch.allclose(u @ inside @ v.mT, result, atol=1e-5)
     diagonal = inside.diagonal(dim1=1, dim2=2)
-    assert diagonal.min() > 0.65 and diagonal.max() < 1.25
+    assert diagonal.min() > 0.65
+    assert diagonal.max() < 1.25
     assert (inside - torch.diag_embed(diagonal)).abs().max() < 1e-4
 
 
-def test_zero_stays_zero():
+def test_orthogonal_maps_zero_to_zero():
     assert not orthogonal(torch.zeros(1, 4, 6)).any()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_it_is_torchs_muon(precision):
-    """torch's works in bfloat16, which its iteration of steep polynomials makes visible: 3 %."""
+def test_updates_are_those_of_torch_within_3_percent(precision):
+    """torch iterates in bfloat16."""
     shapes = [(24, 60), (60, 24), (24, 60)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = copy.deepcopy(ours)
@@ -55,7 +56,7 @@ def test_it_is_torchs_muon(precision):
         assert (a - b).norm() < 0.03 * (b - first).norm()
 
 
-def test_a_convolution_is_the_matrix_of_its_output_channels():
+def test_a_convolution_is_updated_as_the_matrix_of_its_output_channels():
     weight = torch.randn(6, 4, 3, 3)
     convolution = nn.Parameter(weight.clone().to(memory_format=torch.channels_last))
     matrix = nn.Parameter(weight.flatten(1).clone())
@@ -68,7 +69,7 @@ def test_a_convolution_is_the_matrix_of_its_output_channels():
     assert not torch.allclose(matrix, weight.flatten(1), atol=0.1)
 
 
-def test_the_size_of_an_update_does_not_depend_on_the_gradients():
+def test_the_size_of_an_update_does_not_depend_on_the_size_of_the_gradient():
     for scale in (1e-6, 1.0, 1e6):
         parameter = nn.Parameter(torch.zeros(40, 90))
         parameter.grad = scale * torch.randn(40, 90)
@@ -77,7 +78,7 @@ def test_the_size_of_an_update_does_not_depend_on_the_gradients():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_step_that_is_held_back_leaves_no_trace(bad):
+def test_a_step_that_the_guard_skips_changes_nothing(bad):
     parameter, fresh = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(8, 5))
     optimizer = Muon([parameter, fresh], lr=0.1)
     parameter.grad = torch.randn(5, 8)
@@ -86,15 +87,17 @@ def test_a_step_that_is_held_back_leaves_no_trace(bad):
     parameter.grad, fresh.grad = torch.full((5, 8), bad), torch.ones(8, 5)
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
-    assert torch.equal(parameter, before[0]) and torch.equal(fresh, before[1])
+    assert torch.equal(parameter, before[0])
+    assert torch.equal(fresh, before[1])
     assert torch.equal(optimizer.state[parameter]["momentum_buffer"], before[2]["momentum_buffer"])
     assert not optimizer.state[fresh]["momentum_buffer"].any()
     parameter.grad, optimizer.found_inf = torch.randn(5, 8), torch.tensor(0.0)
     optimizer.step()
-    assert not torch.equal(parameter, before[0]) and parameter.isfinite().all()
+    assert not torch.equal(parameter, before[0])
+    assert parameter.isfinite().all()
 
 
-def test_a_restored_optimizer_goes_on():
+def test_a_restored_optimizer_continues_like_an_uninterrupted_one():
     parameters = [nn.Parameter(torch.ones(4, 6)) for _ in range(2)]
     first, second = (Muon([parameter], lr=0.1) for parameter in parameters)
     gradients = torch.randn(3, 4, 6)
@@ -109,22 +112,33 @@ def test_a_restored_optimizer_goes_on():
     assert torch.equal(*parameters)
 
 
-def test_vectors_are_refused():
+def test_a_parameter_with_one_dimension_is_refused():
     with pytest.raises(ValueError, match="Adam"):
         Muon([nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))], lr=0.1)
 
 
-@pytest.mark.parametrize("muon_lr", [0, 3e-3])
-def test_every_weight_of_the_unet_has_one_optimizer(muon_lr):
-    """And the first and last layer, the classes, and everything with fewer than two dimensions have Adam."""
-    model = build("ddpm", width=8)
-    optimizers = make_optimizers(model, 2e-3, muon_lr)
+def trained_by(model, optimizers) -> dict[str, list[str]]:
+    """The names of the parameters of each optimizer."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    by = {key: [names[p] for group in o.param_groups for p in group["params"]] for key, o in optimizers.items()}
-    assert sorted(itertools.chain(*by.values())) == sorted(names.values())
-    if not muon_lr:
-        assert list(optimizers) == ["lr"]
-        return
-    assert list(optimizers) == ["lr", "muon_lr"] and optimizers["muon_lr"].param_groups[0]["lr"] == 3e-3
-    outside = {name for parameter, name in names.items() if parameter.ndim < 2}
-    assert set(by["lr"]) == outside | {"unet.stem.weight", "unet.head.weight", "unet.label.weight"}
+    return {key: [names[p] for group in o.param_groups for p in group["params"]] for key, o in optimizers.items()}
+
+
+@pytest.mark.parametrize("muon_lr", [0, 3e-3])
+def test_every_weight_of_the_unet_has_exactly_one_optimizer(muon_lr):
+    model = build("ddpm", width=8)
+    trained = trained_by(model, make_optimizers(model, 2e-3, muon_lr))
+    assert sorted(itertools.chain(*trained.values())) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_adam_trains_vectors_the_first_and_last_layer_and_the_classes():
+    model = build("ddpm", width=8)
+    optimizers = make_optimizers(model, 2e-3, 3e-3)
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
+    others = trained_by(model, optimizers)["others"]
+    assert set(others) == vectors | {"unet.stem.weight", "unet.head.weight", "unet.label.weight"}
+    assert optimizers["others"].param_groups[0]["lr"] == 2e-3
+    assert optimizers["matrices"].param_groups[0]["lr"] == 3e-3
+
+
+def test_a_muon_rate_of_0_leaves_everything_to_adam():
+    assert list(make_optimizers(build("ddpm", width=8), 2e-3, 0)) == ["others"]

@@ -1,34 +1,25 @@
-"""Every output is whole or not there: a full disk, a killed process, another one that is still writing."""
+"""Every file is written whole or not at all: with a full disk, after a killed process, beside another writer."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import resource
-import runpy
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from test_models import small
 
-from figures import charts
-from figures import images
 from checkpoint import save_model, write_tensors
-from utils import ExpectedError, atomic_path, write_csv, write_json
+from figures import charts, images
+from files import ExpectedError, atomic_path, write_csv, write_json
 
 NOISE = torch.randint(0, 256, (64, 1, 28, 28), dtype=torch.uint8)
 PIXELS = NOISE[:, 0].numpy()
-
-
-def rewrite_readme(path) -> None:
-    report = runpy.run_path(str(ROOT / "report.py"))
-    if not path.exists():
-        path.write_text(f"before\n{report['BEGIN']}\n{report['END']}\nafter\n")
-    report["write_readme"](path, "| FID |\n" * 1000)
 
 
 WRITERS = {
@@ -36,7 +27,6 @@ WRITERS = {
     "state.pt": lambda path: write_tensors(path, {"x": torch.randn(5000)}),
     "log.csv": lambda path: write_csv(path, [{"epoch": i, "loss": i / 7} for i in range(1000)]),
     "metrics.json": lambda path: write_json(path, {"rows": list(range(5000))}),
-    "README.md": rewrite_readme,
     "grid.png": lambda path: images.write_png(path, images.image_grid(NOISE)),
     "progress.gif": lambda path: images.write_gif(path, NOISE[:, 0]),
     "side_by_side.png": lambda path: images.write_side_by_side(path, [("noise", NOISE)]),
@@ -64,7 +54,8 @@ def test_a_full_disk_keeps_the_old_file(name, tmp_path):
         assert len(before) > allowed
         with full_disk(allowed), pytest.raises(ExpectedError, match=rf"cannot write .*{name} .*previous version is kept"):
             WRITERS[name](path)
-        assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
@@ -77,7 +68,7 @@ def test_permissions_follow_the_umask(umask, mode, tmp_path):
     assert (tmp_path / "a.csv").stat().st_mode & 0o777 == mode
 
 
-def test_what_killed_processes_left_is_swept(tmp_path):
+def test_temporary_files_of_ended_processes_are_removed(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     left = tmp_path / f".a.{gone.pid}.abc123.csv"
@@ -89,20 +80,21 @@ def test_what_killed_processes_left_is_swept(tmp_path):
     assert set(tmp_path.iterdir()) == {tmp_path / "a.csv", of_another_file, being_written, foreign}
 
 
-def test_an_error_inside_leaves_nothing(tmp_path):
+def test_an_error_while_writing_leaves_no_file(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "new" / "a.bin") as temporary:
         temporary.write_bytes(np.zeros(10).tobytes())
         raise ZeroDivisionError
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_a_link_stays_a_link(tmp_path):
+def test_a_symbolic_link_is_followed_and_kept(tmp_path):
     (tmp_path / "link.csv").symlink_to("target.csv")
     write_csv(tmp_path / "link.csv", [{"x": 1}])
-    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "target.csv").read_text() == "x\n1\n"
+    assert (tmp_path / "link.csv").is_symlink()
+    assert (tmp_path / "target.csv").read_text() == "x\n1\n"
 
 
-def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
+def test_a_pipe_and_a_folder_are_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe.csv")
     for path in (tmp_path / "pipe.csv", tmp_path):
         with pytest.raises(ExpectedError, match="no ordinary file"):
@@ -110,9 +102,14 @@ def test_what_is_no_ordinary_file_is_not_replaced(tmp_path):
     assert (tmp_path / "pipe.csv").is_fifo()
 
 
-def test_what_cannot_be_made_is_said_by_its_own_name(tmp_path):
+def test_an_impossible_path_is_named_in_the_error(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file" / "a.csv", tmp_path / f"{'a' * 300}.csv"):
         with pytest.raises(ExpectedError, match=rf"cannot write .*{path.name} "):
             write_csv(path, [{"x": 1}])
-    write_csv(tmp_path / f"{'a' * 251}.csv", [{"x": 1}])  # the longest name that there is
+    write_csv(tmp_path / f"{'a' * 251}.csv", [{"x": 1}])  # the longest possible name
+
+
+def test_missing_and_nan_figures_are_empty_cells(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"a": 1, "b": 0.123456789}, {"a": 2, "c": math.nan}])
+    assert (tmp_path / "a.csv").read_text() == "a,b,c\n1,0.123457,\n2,,\n"

@@ -1,4 +1,4 @@
-"""A model of one's own, as the README says: two classes and a line in models.py, and a short trainer."""
+"""A new model: a config, a network, a line in models.py, and a short trainer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 import models
 from checkpoint import load_generator, save_model
-from recipes.run import Run
 from cli import ArgumentParser, add_training_flags, parse_training_args
 from networks.checks import check_int, check_request, evaluating
+from recipes.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TemplatesConfig:
 
 
 class Templates(nn.Module):
-    """Each digit is its mean image with independent normal noise, of which `steps` draws are averaged."""
+    """Each digit is its mean image with independent normal noise. A sample is the mean of `steps` draws."""
 
     SAMPLE_OPTIONS = ("steps",)
 
@@ -51,17 +51,17 @@ class Templates(nn.Module):
         with evaluating(self):
             return torch.stack([self(draw[rows], labels[rows]) for draw in z]).mean(0)
 
-    def sample_options(self, *, steps=None, asked=False):
+    def sample_options(self, with_labels=False, *, steps=None):
         return {"steps": 4 if steps is None else steps}
 
-    def evaluations(self, steps):
+    def evaluations(self, *, steps):
         return steps
 
 
 def train_templates(*argv: object) -> None:
     parser = ArgumentParser("Train the templates.")
     add_training_flags(parser)
-    run = Experiment(parse_training_args(parser, [str(arg) for arg in argv], {}), "OWN", "own")
+    run = Run(parse_training_args(parser, [str(arg) for arg in argv], {}), "OWN", "own")
     model = models.build("templates").to(run.device)
     optimizer = torch.optim.Adam(model.parameters(), lr=run.args.lr)
 
@@ -72,7 +72,14 @@ def train_templates(*argv: object) -> None:
         optimizer.step()
         return {"loss": loss.detach()}
 
-    run.train(step, model, {"model": model}, {"lr": optimizer}, {"": ("templates", model)})
+    run.train(
+        step,
+        model=model,
+        networks={"model": model},
+        optimizers={"model": optimizer},
+        rates={"lr": optimizer},
+        exports={"": ("templates", model)},
+    )
 
 
 @pytest.fixture
@@ -80,11 +87,12 @@ def registered(monkeypatch):
     monkeypatch.setitem(models.MODELS, "templates", (TemplatesConfig, Templates))
 
 
-def test_it_trains_resumes_and_is_drawn_by_the_scripts(registered, run, tmp_path):
+def test_a_new_model_is_trained_resumed_and_drawn_by_the_scripts(registered, run, tmp_path):
     flags = ["--dataset", "digits", "--batch-size", 64, "--lr", 0.1, "--eval-samples", 200, "--device", "cpu"]
     train_templates(*flags, "--epochs", 4, "--out-dir", tmp_path / "whole")
     log = read_csv(tmp_path / "whole" / "reports" / "own_training_log.csv")
-    assert float(log[-1]["fid"]) < float(log[0]["fid"]) and float(log[-1]["label_accuracy"]) > 0.15
+    assert float(log[-1]["fid"]) < float(log[0]["fid"])
+    assert float(log[-1]["label_accuracy"]) > 0.15
     train_templates(*flags, "--epochs", 2, "--out-dir", tmp_path / "parts")
     train_templates("--resume", "--epochs", 4, "--out-dir", tmp_path / "parts")
     files = [tmp_path / folder / "checkpoints" / "best_OWN.pt" for folder in ("whole", "parts")]
@@ -101,12 +109,15 @@ def test_it_trains_resumes_and_is_drawn_by_the_scripts(registered, run, tmp_path
     assert code == 0, err
 
 
-def test_it_is_scored_with_what_a_sample_costs(registered, mnist_dir, run, tmp_path, fewer_digits):
-    fewer_digits(train=900, test=300)
+def test_a_new_model_is_scored_with_its_evaluations_and_options(registered, mnist_dir, run, tmp_path, fewer_digits):
+    fewer_digits(train=600, test=200)
     save_model(tmp_path / "own.pt", "templates", models.build("templates"), {})
     args = ["--models", tmp_path / "own.pt", "--n", 200, "--seeds", 1, "--data-dir", mnist_dir, "--out-dir", tmp_path]
     code, out, err = run("evaluate.py", *args, "--steps", 3)
-    assert code == 0 and f"to do: {200 * (3 + 3):,} network evaluations" in out, err
+    assert code == 0, err
+    assert f"to do: {200 * (3 + 3):,} network evaluations" in out
     rows = {row["model"]: row for row in read_csv(tmp_path / "metrics.csv")}
     for name in ("templates", "templates, by digit"):
-        assert float(rows[name]["evaluations"]) == 3 and rows[name]["steps"] == "3" and float(rows[name]["fid_ratio"]) > 1
+        assert float(rows[name]["evaluations"]) == 3
+        assert rows[name]["steps"] == "3"
+        assert float(rows[name]["fid_ratio"]) > 1

@@ -1,9 +1,10 @@
-"""The report: drawn from the shipped figures alone, in one file, with the README's table beside it."""
+"""report.py: it draws one page from the shipped figures alone, and rewrites the tables in README and docs."""
 
 from __future__ import annotations
 
 import json
 import re
+import runpy
 import shutil
 
 import pytest
@@ -13,12 +14,17 @@ from test_outputs import full_disk
 
 from checkpoint import file_sha256
 
-MARKS = "<!-- results: written by report.py -->", "<!-- end of results -->"
+PARTS = {
+    "README.md": ["overview", "colab"],
+    "README.pt-BR.md": ["overview", "colab"],
+    "docs/results.md": ["results", "pitfalls", "ablation", "self check"],
+}
+CONCLUSION = "## What the figures say\n\n**Cost.** Diffusion costs\n15 evaluations.\n\n## Next\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A copy of the shipped figures and pictures, where tiny diffusion models stand in for the slow one."""
+    """A copy of the shipped figures and pictures. A tiny diffusion model replaces the slow one."""
     folder = tmp_path_factory.mktemp("report")
     for name in ("samples", "reports"):
         shutil.copytree(ROOT / name, folder / name)
@@ -27,8 +33,11 @@ def folder(tmp_path_factory):
     for name in ("metrics.json", "samplers.csv", "pitfalls.csv"):
         text = (folder / "reports" / name).read_text().replace("checkpoints/best_DIFF.pt", str(tiny))
         (folder / "reports" / name).write_text(text.replace(old, new).replace(old[:16], new[:16]))
-    for name in ("README.md", "README.pt-BR.md"):
-        (folder / name).write_text(f"before\n{MARKS[0]}\nan older table\n{MARKS[1]}\nafter\n")
+    (folder / "docs").mkdir()
+    shutil.copy(ROOT / "CITATION.cff", folder)
+    for name, parts in PARTS.items():
+        marked = "".join(f"<!-- {part}: written by report.py -->\nolder\n<!-- end of {part} -->\n" for part in parts)
+        (folder / name).write_text(f"before\n{marked}{CONCLUSION}after\n")
     return folder
 
 
@@ -37,7 +46,7 @@ def replace_once(path, old: str, new: str) -> None:
 
 
 def other_gan(folder) -> None:
-    """Figures as they would be of another DCGAN than that in its file."""
+    """Change the figures to those of another DCGAN than the one in its file."""
     digest = file_sha256(ROOT / "checkpoints" / "best_GAN_G.pt")
     for name in ("metrics.json", "pitfalls.csv"):
         path = folder / "reports" / name
@@ -48,54 +57,114 @@ def other_gan(folder) -> None:
 def report(folder, mnist_dir, run):
     def call(**paths):
         paths = {"reports": folder / "reports", "samples": folder / "samples", "readme": folder / "README.md", **paths}
-        args = [text for name, path in paths.items() for text in (f"--{name}", path)]
+        args = [text for name, path in paths.items() if path for text in (f"--{name}", path)]
         return run("report.py", *args, "--data-dir", mnist_dir, "--device", "cpu")
 
     return call
 
 
-def test_the_page_is_one_file_and_whole(report, folder):
-    code, _, err = report()
-    assert code == 0, err
-    page = (folder / "reports" / "report.html").read_text()
+@pytest.fixture(scope="module")
+def drawn(folder, mnist_dir):
+    """The folder after one run of report.py."""
+    paths = {"reports": folder / "reports", "samples": folder / "samples", "readme": folder / "README.md"}
+    args = [str(text) for name, path in paths.items() for text in (f"--{name}", path)]
+    runpy.run_path(str(ROOT / "report.py"))["main"]([*args, "--data-dir", mnist_dir, "--device", "cpu"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(drawn) -> str:
+    return (drawn / "reports" / "report.html").read_text()
+
+
+def test_the_page_is_one_file(page):
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
-    assert len(sources) > 12 and all(source.startswith("data:") for source in sources)
+    assert len(sources) > 12
+    assert all(source.startswith("data:") for source in sources)
     assert not re.search(r"https?://|@import|<script|url\(", page)
-    assert all(f'alt="{text}' in page for text in ("Bars of FID", "Samples of DCGAN", "Noise becoming digits"))
-    for row in read_csv(folder / "reports" / "pitfalls.csv"):
+
+
+def test_the_page_describes_its_pictures(page):
+    for text in ("Bars of FID", "Samples of DCGAN", "Noise becoming digits"):
+        assert f'alt="{text}' in page
+
+
+def test_the_page_has_the_measured_tables(page, drawn):
+    for row in read_csv(drawn / "reports" / "pitfalls.csv"):
         assert f"<td>{int(row['n']):,}</td><td>{float(row['fid']):,.2f}</td>" in page
-    for row in read_csv(folder / "reports" / "self_check.csv"):
+    for row in read_csv(drawn / "reports" / "self_check.csv"):
         assert f"<td>{row['damage']}</td><td>{row['level']}</td><td>{float(row['fid']):,.2f}</td>" in page
-    for name in (
-        "fid_comparison",
-        "is_comparison",
-        "loss_comparison",
-        "quality_against_cost",
-        "fid_by_digit",
-        "nearest_neighbours",
-    ):
-        assert (folder / "reports" / f"{name}.png").stat().st_size > 5000, name
-    first = {path.name: path.read_bytes() for path in (folder / "reports").iterdir()}
-    assert report()[0] == 0  # drawn again, it is the same
-    assert first == {path.name: path.read_bytes() for path in (folder / "reports").iterdir()}
 
 
-def test_the_readme_gets_the_figures(report, folder):
+def test_the_page_has_the_conclusions_written_by_hand(page):
+    assert "<p><strong>Cost.</strong> Diffusion costs 15 evaluations.</p>" in page
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["fid_comparison", "is_comparison", "loss_comparison", "quality_against_cost", "fid_by_digit", "nearest_neighbours"],
+)
+def test_every_chart_is_drawn(name, drawn):
+    assert (drawn / "reports" / f"{name}.png").stat().st_size > 5000
+
+
+def test_the_report_drawn_again_has_the_same_bytes(report, drawn):
+    first = {path.name: path.read_bytes() for path in (drawn / "reports").iterdir()}
     assert report()[0] == 0
-    text = (folder / "README.md").read_text()
-    assert text.startswith("before\n") and text.endswith("\nafter\n") and "an older table" not in text
-    rows = {row["model"]: row for row in json.loads((folder / "reports" / "metrics.json").read_text())["rows"]}
+    assert first == {path.name: path.read_bytes() for path in (drawn / "reports").iterdir()}
+
+
+def test_a_report_of_other_figures_has_no_conclusions_of_ours(report, drawn, tmp_path, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(drawn / "reports", copy)
+    (copy / "report.html").unlink()
+    monkeypatch.setattr("torch.cdist", lambda a, b: torch.zeros(len(a), len(b)))  # the slowest part
+    assert report(reports=copy, readme=None)[0] == 0
+    assert "What the figures say" not in (copy / "report.html").read_text()
+
+
+def table_rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_only_the_generated_parts_are_rewritten(drawn):
+    for name in PARTS:
+        text = (drawn / name).read_text()
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "older" not in text
+
+
+def test_the_overview_has_a_line_for_each_model(drawn):
+    rows = {row["model"]: row for row in json.loads((drawn / "reports" / "metrics.json").read_text())["rows"]}
+    lines = {line[0]: line for line in table_rows((drawn / "README.md").read_text())}
+    for label, model in (("DCGAN", "dcgan"), ("DDPM, class-conditional", "ddpm, by digit")):
+        row = rows[model]
+        assert lines[label][1] == f"{row['fid_ratio']:.1f} ± {row['fid_ratio_std']:.1f}"
+        assert lines[label][5] == f"{row['images_per_second']:,.0f}"
+    assert lines["real training digits"][1] == "1"
+    assert lines["DCGAN"][3] == ""  # an unconditional model has no label accuracy
+    seconds = float(read_csv(drawn / "reports" / "gan_training_log.csv")[-1]["seconds"])
+    assert lines["DCGAN"][6] == f"{seconds / 60:.1f} min"
+
+
+def test_the_portuguese_overview_has_decimal_commas(drawn):
+    english, portuguese = (table_rows((drawn / name).read_text()) for name in ("README.md", "README.pt-BR.md"))
+    swap = str.maketrans(",.", ".,")
+    figures = [[cell.translate(swap) for cell in line[1:]] for line in english[2:]]
+    assert [line[1:] for line in portuguese[2:]] == figures
+    assert portuguese[-1][0] == "DDPM, condicional"
+
+
+def test_the_results_page_has_every_figure(drawn):
+    rows = {row["model"]: row for row in json.loads((drawn / "reports" / "metrics.json").read_text())["rows"]}
+    text = (drawn / "docs" / "results.md").read_text()
     fid = next(line for line in text.splitlines() if line.startswith("| FID |"))
     models = ("real training digits", "dcgan", "ddpm", "cdcgan", "ddpm, by digit")
     assert fid == "| FID | " + " | ".join(f"{rows[m]['fid']:.3f} ± {rows[m]['fid_std']:.3f}" for m in models) + " |"
-    for row in read_csv(folder / "reports" / "pitfalls.csv"):
+    for row in read_csv(drawn / "reports" / "pitfalls.csv"):
         mistake = row["mistake"] or "none"
         assert f"| {row['model']} | {mistake} | {int(row['n']):,} | {float(row['fid']):,.2f} | " in text
-    accuracy = next(line for line in text.splitlines() if line.startswith("| label accuracy"))
-    assert "|  |  |" in accuracy  # the DCGAN and the unconditional diffusion model have none
-    portuguese = (folder / "README.pt-BR.md").read_text()
-    assert portuguese.startswith("before\n") and portuguese.endswith("\nafter\n") and "an older table" not in portuguese
-    assert fid.replace(".", ",") in portuguese and len(re.findall(r"^\*\*", portuguese, re.M)) == 4
 
 
 @pytest.mark.parametrize(
@@ -104,6 +173,7 @@ def test_the_readme_gets_the_figures(report, folder):
         (lambda folder: (folder / "samples" / "gan_progress.gif").unlink(), "gan_progress.gif"),
         (lambda folder: (folder / "reports" / "samplers.csv").unlink(), "samplers.csv"),
         (lambda folder: (folder / "reports" / "self_check.csv").unlink(), "self_check.csv"),
+        (lambda folder: (folder / "reports" / "ablation.csv").unlink(), "ablation.csv"),
         (lambda folder: (folder / "reports" / "pitfalls.csv").write_text("a,b\n1,2\n"), "pitfalls.csv"),
         (
             lambda folder: (folder / "reports" / "gan_training_log.csv").write_text("epoch,fid,seconds\n"),
@@ -117,7 +187,7 @@ def test_the_readme_gets_the_figures(report, folder):
     ],
 )
 def test_damaged_figures_are_refused(damage, reason, report, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.cdist", lambda a, b: torch.zeros(len(a), len(b)))  # the slowest part, of no matter here
+    monkeypatch.setattr("torch.cdist", lambda a, b: torch.zeros(len(a), len(b)))  # the slowest part
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     damage(copy)
@@ -125,12 +195,19 @@ def test_damaged_figures_are_refused(damage, reason, report, folder, tmp_path, m
     assert code == 1 and reason in error_line(err)
 
 
-def test_what_is_missing_is_said(report, folder, tmp_path):
+def test_missing_figures_are_named_with_their_command(report, tmp_path):
     code, _, err = report(reports=tmp_path)
-    assert code == 1 and "run evaluate.py first" in error_line(err)
+    assert code == 1
+    assert "run evaluate.py first" in error_line(err)
+
+
+def test_a_readme_without_marks_is_refused(report, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cdist", lambda a, b: torch.zeros(len(a), len(b)))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "README.md").write_text("no marks")
     code, _, err = report(readme=tmp_path / "README.md")
-    assert code == 1 and "no results section" in error_line(err)
+    assert code == 1
+    assert "has no part between <!-- overview" in error_line(err)
 
 
 def test_a_full_disk_keeps_the_page(report, folder, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Whole runs of every trainer on the embedded digits, interrupted and resumed."""
+"""recipes/run.py and recipes/resume.py: whole runs of every trainer, interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, error_line, run_process
+from conftest import ROOT, error_line
+from forked import run_forked
 from trainers import TRAINERS, log_rows, same, training_file
 
 import callbacks
-import evaluation
 from checkpoint import load_generator, load_model, read_tensors
-from recipes.run import Run
 from engine.guard import Guard
+from files import Interrupted
 from loop import TrainState
-from utils import Interrupted
+from recipes import resume
+from scoring.scorer import Scorer
 
 
-def test_digits_train_end_to_end(whole_run, trainer):
+def test_a_run_writes_its_log_its_best_checkpoint_and_its_gif(whole_run, trainer):
     rows = log_rows(whole_run, trainer)
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     losses, rates = (["loss"], ["lr", "muon_lr"]) if trainer.prefix == "DIFF" else (["loss_d", "loss_g"], ["lr", "d_lr"])
     by_class = [] if trainer.prefix == "GAN" else ["label_accuracy", *(f"fid_ratio_{digit}" for digit in range(10))]
     by_class += ["fid_asked", "fid_ratio_asked"] if trainer.prefix == "DIFF" else []
-    warnings = [row.pop("warning", "") for row in rows]  # with so little training there may be some
+    warnings = [row.pop("warning", "") for row in rows]  # possible after so little training
     assert all(warning == "" or "mode collapse" in warning or "dead discriminator" in warning for warning in warnings)
     scores = ["fid", "fid_ratio", "is", "is_std", "digits", "variety"]
     assert list(rows[0]) == ["epoch", "step", "images", *losses, *scores, *by_class, *rates]
@@ -36,14 +37,15 @@ def test_digits_train_end_to_end(whole_run, trainer):
     generator = load_generator(whole_run / "checkpoints" / f"best_{trainer.exports[0]}.pt")
     best = min(rows, key=lambda row: float(row["fid"]))
     assert generator.meta["epoch"] == int(best["epoch"])
-    assert generator.meta["flags"]["dataset"] == "digits" and "out_dir" not in generator.meta["flags"]
+    assert generator.meta["flags"]["dataset"] == "digits"
+    assert "out_dir" not in generator.meta["flags"], "equal runs give equal files"
     assert (whole_run / "samples" / f"{trainer.title}_progress.gif").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("where", ["in the middle of an epoch", "while scoring"])
-def test_an_interrupted_run_resumes_to_the_same_bits(where, whole_run, trainer, tmp_path, run, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_files(where, whole_run, trainer, tmp_path, run, monkeypatch):
     steps, scorings = [], []
-    original_step, original_score = trainer.step.__call__, evaluation.Scorer.__call__
+    original_step, original_score = trainer.step.__call__, Scorer.__call__
 
     def stepping(self, *args):
         steps.append(1)
@@ -58,7 +60,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, whole_run, trainer, 
         return original_score(self, *args)
 
     monkeypatch.setattr(trainer.step, "__call__", stepping)
-    monkeypatch.setattr(evaluation.Scorer, "__call__", scoring)
+    monkeypatch.setattr(Scorer, "__call__", scoring)
     code, _, err = run(trainer.script, *trainer.flags, "--out-dir", tmp_path)
     assert code == (130 if where == "in the middle of an epoch" else 143)
     assert "--resume --out-dir" in err
@@ -74,45 +76,54 @@ def test_an_interrupted_run_resumes_to_the_same_bits(where, whole_run, trainer, 
 
 
 @pytest.mark.parametrize("call", [13, 14])
-def test_a_bad_number_ends_the_run_before_it_does_harm(call, whole_run, trainer, tmp_path, run, monkeypatch):
-    """One update's loss is made nan: the run ends, and goes on from its last good state as if nothing had been."""
-    calls, update = [], Guard.update
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_file(call, whole_run, trainer, tmp_path, run, monkeypatch):
+    """The run ends at a loss that is nan. When it is resumed from its last good state, it gives the files of a whole run."""
+    calls, step = [], Guard.step
 
-    def poisoned(self, loss, *optimizers, **clip):
+    def poisoned(self, loss, *args):
         calls.append(1)
-        return update(self, loss * math.nan if len(calls) == call else loss, *optimizers, **clip)
+        return step(self, loss * math.nan if len(calls) == call else loss, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Guard, "update", poisoned)
+        patch.setattr(Guard, "step", poisoned)
         code, _, err = run(trainer.script, *trainer.flags, "--out-dir", tmp_path)
     name = {"DIFF": "loss"}.get(trainer.prefix, "loss_g" if call % 2 == 0 else "loss_d")
-    step = call if trainer.prefix == "DIFF" else (call + 1) // 2
-    assert code == 1 and f"{name} or its gradient is not finite at step {step};" in error_line(err)
+    number = call if trainer.prefix == "DIFF" else (call + 1) // 2
+    assert code == 1
+    assert f"{name} or its gradient is not finite at step {number};" in error_line(err)
     assert run(trainer.script, "--resume", "--out-dir", tmp_path)[0] == 0
     assert log_rows(tmp_path, trainer) == log_rows(whole_run, trainer)
     assert same(training_file(tmp_path, trainer), training_file(whole_run, trainer))
 
 
-def test_resuming_says_what_it_cannot_do(whole_run, trainer, tmp_path, run):
+def test_resuming_is_refused_without_a_run_after_its_end_or_with_other_flags(whole_run, trainer, tmp_path, run):
     assert "no run to resume" in error_line(run(trainer.script, "--resume", "--out-dir", tmp_path)[2])
     assert "larger --epochs" in error_line(run(trainer.script, "--resume", "--out-dir", whole_run)[2])
     code, _, err = run(trainer.script, "--resume", "--out-dir", whole_run, "--width", 16)
-    assert code == 2 and "--width 16 differs" in error_line(err)
+    assert code == 2
+    assert "--width 16 differs" in error_line(err)
 
 
-def test_resume_alone_continues_the_last_run(run, tmp_path, monkeypatch):
-    """Wherever its flags have put it; and what a new run replaces is kept."""
+SMALL_RUN = ["--dataset", "digits", "--width", 8, "--batch-size", 256, "--eval-samples", 100, "--device", "cpu"]
+
+
+def test_resume_without_a_folder_continues_the_latest_run(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags = ["--dataset", "digits", "--width", 8, "--batch-size", 256, "--eval-samples", 100, "--device", "cpu"]
-    assert run("train_gan.py", *flags, "--epochs", 1, "--limit", 512)[0] == 0
-    assert run("train_gan.py", *flags, "--epochs", 1)[0] == 0
+    assert run("train_gan.py", *SMALL_RUN, "--epochs", 1, "--limit", 512)[0] == 0
+    assert run("train_gan.py", *SMALL_RUN, "--epochs", 1)[0] == 0
     code, out, err = run("train_gan.py", "--resume", "--epochs", 2)
-    assert code == 0 and "runs/digits/checkpoints/last_GAN.pt" in out, err
+    assert code == 0, err
+    assert "runs/digits/checkpoints/last_GAN.pt" in out
+
+
+def test_a_new_run_keeps_the_state_that_it_replaces(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("train_gan.py", *SMALL_RUN, "--epochs", 1)[0] == 0
     folder = tmp_path / "runs" / "digits" / "checkpoints"
     finished = (folder / "last_GAN.pt").read_bytes()
-    with monkeypatch.context() as patch:  # a run that is interrupted at once, where --resume was forgotten
+    with monkeypatch.context() as patch:  # a run that is interrupted at once, because --resume was forgotten
         patch.setattr(callbacks.ProgressGIF, "on_start", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        assert run("train_gan.py", *flags, "--epochs", 1)[0] == 130
+        assert run("train_gan.py", *SMALL_RUN, "--epochs", 1)[0] == 130
     assert (folder / "last_GAN.previous.pt").read_bytes() == finished
     assert read_tensors(folder / "last_GAN.pt")["state"]["step"] == 1
 
@@ -126,16 +137,17 @@ def test_the_same_seed_gives_the_same_files(whole_run, trainer, tmp_path, run):
     assert same(training_file(tmp_path, trainer), training_file(whole_run, trainer))
 
 
-@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
-def test_a_new_run_keeps_what_it_replaces_however_often_it_is_resumed(trainer, tmp_path, run):
-    """Stopped before its first step and after its first best epoch was written: an older run's best is still there."""
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the trainers share this code
+def test_the_best_files_of_an_older_run_survive_repeated_resuming(trainer, tmp_path, run):
+    """The run is killed before its first step, and again after it has written its first best epoch."""
     for export in trainer.exports:
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / f"best_{export}.pt").write_text("an older run")
     args = ["--out-dir", tmp_path]
-    result = run_process("tests/killed.py", "SIGKILL", "step", 1, trainer.script, *trainer.flags, *args)
-    assert result.returncode == -signal.SIGKILL and "kept as" in result.stdout, result.stderr
-    result = run_process("tests/killed.py", "SIGKILL", "renaming", 3, trainer.script, "--resume", *args)
+    result = run_forked("tests/killed.py", "SIGKILL", "step", 1, trainer.script, *trainer.flags, *args)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert "kept as" in result.stdout
+    result = run_forked("tests/killed.py", "SIGKILL", "renaming", 3, trainer.script, "--resume", *args)
     assert result.returncode == -signal.SIGKILL
     assert run(trainer.script, "--resume", *args)[0] == 0
     for export in trainer.exports:
@@ -143,42 +155,43 @@ def test_a_new_run_keeps_what_it_replaces_however_often_it_is_resumed(trainer, t
         assert load_model(tmp_path / "checkpoints" / f"best_{export}.pt")
 
 
-@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
-def test_a_best_file_that_was_deleted_is_written_again(whole_run, trainer, tmp_path, run):
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the trainers share this code
+def test_a_deleted_best_file_is_written_again(whole_run, trainer, tmp_path, run):
     folder = tmp_path / "run"
     shutil.copytree(whole_run, folder)
     best = folder / "checkpoints" / f"best_{trainer.exports[0]}.pt"
     best.unlink()
     code, out, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
-    assert code == 0 and "not all there any more" in out, err
+    assert code == 0, err
+    assert "not all of them exist" in out
     assert load_generator(best).meta["epoch"] == 4
 
 
-@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the code is shared
-def test_two_runs_cannot_write_the_same_files(trainer, tmp_path, run, monkeypatch):
-    """The second one is refused while the first one trains."""
+@pytest.mark.parametrize("trainer", TRAINERS[:1], indirect=True, ids=["gan"])  # the trainers share this code
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_trains(trainer, tmp_path, run, monkeypatch):
     outcomes, step = [], trainer.step.__call__
 
     def stepping(self, *args):
         if not outcomes:
             outcomes.append("running")
-            outcomes.append(run_process(trainer.script, *trainer.flags, "--out-dir", tmp_path))
+            outcomes.append(run_forked(trainer.script, *trainer.flags, "--out-dir", tmp_path))
         return step(self, *args)
 
     monkeypatch.setattr(trainer.step, "__call__", stepping)
     code, _, err = run(trainer.script, *trainer.flags, "--epochs", 1, "--out-dir", tmp_path)
     assert code == 0, err
-    assert outcomes[1].returncode == 1 and "another training is writing to" in error_line(outcomes[1].stderr)
+    assert outcomes[1].returncode == 1
+    assert "another training is writing to" in error_line(outcomes[1].stderr)
     assert not list(tmp_path.rglob(".*"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What if one of the things that a resumed run needs were left out?
+# A run is resumed without one of the things that it has saved
 
 NEEDED_PARTS = {
-    "gan": ["generator", "discriminator", "lr", "d_lr"],
-    "cgan": ["generator", "discriminator", "lr", "d_lr"],
-    "diffusion": ["model", "lr", "muon_lr"],
+    "gan": ["generator", "discriminator", "generator optimizer", "discriminator optimizer"],
+    "cgan": ["generator", "discriminator", "generator optimizer", "discriminator optimizer"],
+    "diffusion": ["model", "others optimizer", "matrices optimizer"],
 }
 NEEDED_HOOKS = ["ema", "gif", "early_stopping", "lr_schedule"]
 NEEDED_STATE = ["epoch", "batch", "step", "images", "best_fid", "best_epoch", "loss_sums", "log"]
@@ -186,7 +199,7 @@ NEEDED_STATE = ["epoch", "batch", "step", "images", "best_fid", "best_epoch", "l
 
 @pytest.fixture(scope="module")
 def plateau_run(trainer, tmp_path_factory):
-    """(interrupted, whole): a run whose FID gets worse from epoch to epoch, stopped in its last one, and to its end."""
+    """(interrupted, whole): a run whose FID gets worse with every epoch, stopped in its last epoch, and completed."""
     folders, steps = [tmp_path_factory.mktemp(name) for name in ("interrupted", "whole")], []
     original = trainer.step.__call__
 
@@ -209,7 +222,7 @@ def plateau_run(trainer, tmp_path_factory):
 
 @contextlib.contextmanager
 def worsening_fid():
-    """Every scoring of a run gives a higher FID than the one before: 5, 6, 7 by epoch."""
+    """The FID grows with every epoch: 5, 6, 7."""
     original = callbacks.FIDMonitor.after_epoch
 
     def monitored(self, state):
@@ -223,27 +236,28 @@ def worsening_fid():
 
 def resume_without(missing, folder, trainer, monkeypatch):
     """Resume the run in `folder` as if `missing`, a part or a field of the state, had not been saved."""
-    restore, adopt = Experiment._restore, Experiment._adopt_state
+    restore, adopt_state = resume.restore, resume.adopt_state
 
-    def adopt_the_rest(self, saved):
-        adopt(self, saved)
+    def restore_the_others(parts, saved):
+        restore({name: part for name, part in parts.items() if name != missing}, saved)
+
+    def adopt_the_others(state, saved, *sizes):
+        adopt_state(state, saved, *sizes)
         if missing in saved:
-            setattr(self.state, missing, getattr(TrainState(), missing))
+            setattr(state, missing, getattr(TrainState(), missing))
 
     with worsening_fid(), monkeypatch.context() as patch:
-        patch.setattr(Experiment, "_adopt_state", adopt_the_rest)
-        patch.setattr(
-            Experiment, "_restore", lambda self, parts: restore(self, {k: v for k, v in parts.items() if k != missing})
-        )
+        patch.setattr(resume, "restore", restore_the_others)
+        patch.setattr(resume, "adopt_state", adopt_the_others)
         runpy.run_path(str(ROOT / trainer.script))["main"](["--resume", "--out-dir", str(folder)])
 
 
-def test_nothing_that_a_resumed_run_needs_can_be_left_out(trainer, plateau_run, tmp_path, monkeypatch):
+def test_every_saved_part_and_number_is_needed_to_resume(trainer, plateau_run, tmp_path, monkeypatch):
     interrupted, whole = plateau_run
     saved = read_tensors(interrupted / "checkpoints" / f"last_{trainer.prefix}.pt")
     needed = [*NEEDED_PARTS[trainer.title], *NEEDED_HOOKS]
     assert {name for name, part in saved["parts"].items() if part} == set(needed)
-    assert set(saved["state"]) == {*NEEDED_STATE, "seconds", "row", "stop_reason"}  # of which the latter two are empty here
+    assert set(saved["state"]) == {*NEEDED_STATE, "seconds", "row", "stop_reason"}  # the last two are empty here
     for missing in ("nothing", *needed, *NEEDED_STATE):
         folder = tmp_path / missing
         shutil.copytree(interrupted, folder)

@@ -1,7 +1,8 @@
-"""States of a run to resume that do not fit it: whatever is changed, it is refused before anything is written."""
+"""recipes/resume.py: a saved state that does not fit its run is refused before anything is written."""
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 
@@ -29,13 +30,18 @@ def with_log(change):
     return lambda content: change(content["state"]["log"])
 
 
+def adam_of(content) -> str:
+    """The name of the saved Adam."""
+    return next(name for name in ("generator optimizer", "others optimizer") if name in content["parts"])
+
+
 def with_adam(change):
     """Change what Adam keeps of its first parameter."""
-    return lambda content: change(content["parts"]["lr"]["state"][0])
+    return lambda content: change(content["parts"][adam_of(content)]["state"][0])
 
 
 def with_options(**changes):
-    return lambda content: content["parts"]["lr"]["param_groups"][0].update(changes)
+    return lambda content: content["parts"][adam_of(content)]["param_groups"][0].update(changes)
 
 
 def with_weight(change):
@@ -102,8 +108,8 @@ HOSTILE_STATES = {
     "unknown flag": with_flag(foo=1),
     "no parts": lambda content: content.update(parts={}),
     "parts 5": lambda content: content.update(parts=5),
-    "adam 5": with_part("lr", 5),
-    "adam of 5": with_part("lr", {"state": {0: 5}, "param_groups": []}),
+    "adam 5": lambda content: content["parts"].update({adam_of(content): 5}),
+    "adam of 5": lambda content: content["parts"].update({adam_of(content): {"state": {0: 5}, "param_groups": []}}),
     "adam too small": with_adam(lambda state: state.update(exp_avg=torch.zeros(1))),
     "adam repeated": with_adam(lambda state: state.update(exp_avg=torch.zeros(1).expand(2**40))),
     "adam repeated in shape": with_adam(lambda state: state.update(exp_avg=torch.zeros(1).expand(state["exp_avg"].shape))),
@@ -113,7 +119,7 @@ HOSTILE_STATES = {
     "adam integers": with_adam(lambda state: state.update(exp_avg=state["exp_avg"].long())),
     "adam complex": with_adam(lambda state: state.update(exp_avg=state["exp_avg"] + 1j)),
     "adam step of three": with_adam(lambda state: state.update(step=torch.ones(3))),
-    "adam of another": lambda content: content["parts"]["lr"]["state"].update({10**6: {"step": torch.ones(())}}),
+    "adam of another": lambda content: content["parts"][adam_of(content)]["state"].update({10**6: {"step": torch.ones(())}}),
     "adam lr x": with_options(lr="x"),
     "adam lr nan": with_options(lr=math.nan),
     "weight smaller": with_weight(lambda weight: weight.flatten()[:1]),
@@ -129,26 +135,36 @@ HOSTILE_STATES = {
 }
 
 
-@pytest.mark.parametrize("trainer", TRAINERS[::2], indirect=True, ids=["gan", "diffusion"])  # cgan is as gan here
-def test_a_state_that_does_not_fit_is_refused(whole_run, trainer, tmp_path, run):
-    """Whatever is changed in it: one line, before anything is written."""
-    folder = tmp_path / "run"
+each_kind = pytest.mark.parametrize("trainer", TRAINERS[::2], indirect=True, ids=["gan", "diffusion"])  # cgan is like gan
+
+
+@pytest.fixture(scope="module")
+def finished_run(whole_run, trainer, tmp_path_factory):
+    """(folder, path of the last state, its content) of a copy of the whole run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
     shutil.copytree(whole_run, folder)
     path = folder / "checkpoints" / f"last_{trainer.prefix}.pt"
-    for name, change in HOSTILE_STATES.items():
-        content = read_tensors(whole_run / "checkpoints" / path.name)
-        change(content)
-        write_tensors(path, content)
-        before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        code, _, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
-        assert code == 1 and "start a new run" in error_line(err), (name, err)
-        assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}, name
+    return folder, path, read_tensors(path)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS[::2], indirect=True, ids=["gan", "diffusion"])  # cgan is as gan here
-def test_options_of_an_optimizer_are_the_codes_own(whole_run, trainer, tmp_path, run):
-    """But for the learning rate, a file cannot change how a fused optimizer works."""
-    folders = [tmp_path / "as it was", tmp_path / "changed"]
+@each_kind
+@pytest.mark.parametrize("change", HOSTILE_STATES.values(), ids=HOSTILE_STATES)
+def test_a_state_that_does_not_fit_is_refused_in_one_line(change, finished_run, trainer, run):
+    folder, path, content = finished_run
+    content = copy.deepcopy(content)
+    change(content)
+    write_tensors(path, content)
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    code, _, err = run(trainer.script, "--resume", "--epochs", 4, "--out-dir", folder)
+    assert code == 1
+    assert "start a new run" in error_line(err)
+    assert before == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}, "no file has changed"
+
+
+@each_kind
+def test_only_the_learning_rate_of_an_optimizer_is_read_from_a_file(whole_run, trainer, tmp_path, run):
+    """Other options could make a fused optimizer write beyond its memory."""
+    folders = [tmp_path / "unchanged", tmp_path / "changed"]
     for folder in folders:
         shutil.copytree(whole_run, folder)
     path = folders[1] / "checkpoints" / f"last_{trainer.prefix}.pt"

@@ -1,94 +1,133 @@
-"""The rooms and the arrows between them: parsed from the sources, so that a new import that turns back is caught."""
+"""The rooms of the code and the imports between them, parsed from the sources; and what `--help` of each script does."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_process
 
-# Who may import whom. Scripts may import every room, and nobody imports a script.
-ROOMS = {
-    "utils": set(),
-    "flags": {"utils"},
-    "training": {"utils"},
-    "data": {"utils"},
-    "metrics": {"utils"},
-    "plots": {"utils"},
-    "charts": {"utils"},
+SCRIPTS = [
+    "train_gan",
+    "train_cgan",
+    "train_diffusion",
+    "train_classifier",
+    "infer",
+    "inference",
+    "evaluate",
+    "report",
+]
+FOLDERS = ["networks", "diffusion", "engine", "recipes", "scoring", "figures"]
+
+# A room is a folder, or a file beside the scripts. These are the rooms that each may import. Scripts may import every room.
+ALLOWED = {
+    "files": set(),
+    "utils": {"files"},
+    "data": {"files", "utils"},
     "diffusion": set(),
-    "unet": {"utils"},
-    "interface": set(),
-    "distributed": {"utils"},
-    "guard": {"distributed"},
-    "graphs": {"distributed"},
-    "muon": set(),
-    "classifier": {"interface"},
-    "models": {"classifier", "diffusion", "interface", "unet", "utils"},
-    "checkpoint": {"models", "utils"},
-    "evaluation": {"checkpoint", "data", "distributed", "metrics", "utils"},
-    "inception": {"checkpoint", "utils"},
-    "callbacks": {"checkpoint", "data", "distributed", "plots", "training", "utils"},
-    "resuming": {"checkpoint", "flags", "training", "utils"},
-    "experiment": {"callbacks", "checkpoint", "data", "distributed", "evaluation", "resuming", "training", "utils"},
-    "adversarial": {"distributed", "experiment", "graphs", "guard", "models", "training", "utils"},
-    "denoising": {
+    "cli": {"diffusion", "files"},
+    "networks": {"utils"},
+    "models": {"diffusion", "networks", "utils"},
+    "engine": {"files"},
+    "checkpoint": {"engine", "files", "models"},
+    "figures": {"files"},
+    "scoring": {"checkpoint", "data", "engine", "files", "utils"},
+    "loop": {"files"},
+    "callbacks": {"checkpoint", "data", "engine", "figures", "files", "loop", "utils"},
+    "recipes": {
+        "callbacks",
         "checkpoint",
+        "cli",
         "data",
         "diffusion",
-        "distributed",
-        "experiment",
-        "graphs",
-        "guard",
+        "engine",
+        "files",
+        "loop",
         "models",
-        "muon",
-        "training",
-        "unet",
+        "networks",
+        "scoring",
         "utils",
     },
 }
-SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ROOMS)
 
 
-def imports(name: str) -> set[str]:
-    """Every module that a file imports, also within functions."""
+def files_of(room: str) -> list[Path]:
+    folder = ROOT / room
+    return sorted(folder.glob("*.py")) if folder.is_dir() else [ROOT / f"{room}.py"]
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, also within functions. `from a import b` counts as `a` and `a.b`."""
     found = set()
-    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module.split(".")[0])
+            assert not node.level, f"{path}: write imports from the root, as everywhere"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_only_what_they_may(room):
-    assert imports(room) & (ROOMS.keys() | set(SCRIPTS)) <= ROOMS[room]
+def imports_of_rooms() -> dict[str, set[str]]:
+    """The other rooms that each room imports."""
+    found = {}
+    for room in ALLOWED:
+        modules = set().union(*map(imports, files_of(room)))
+        found[room] = {module.partition(".")[0] for module in modules} & ALLOWED.keys() - {room}
+    return found
+
+
+IMPORTED = imports_of_rooms()
+
+
+def test_the_table_has_every_file_and_folder():
+    code = {path.stem for path in ROOT.glob("*.py")} | {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert code == ALLOWED.keys() | set(SCRIPTS)
+    assert ALLOWED.keys() >= set(FOLDERS)
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_the_rooms_in_its_table_entry(room):
+    assert IMPORTED[room] - ALLOWED[room] == set()
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_every_room_in_a_table_entry_is_imported(room):
+    assert ALLOWED[room] - IMPORTED[room] == set(), "take it out of the table"
+
+
+def test_the_rooms_have_no_cycle():
+    TopologicalSorter(ALLOWED).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_files_of_a_folder_have_no_cycle(folder):
+    names = {path: f"{folder}.{path.stem}" for path in files_of(folder)}
+    TopologicalSorter({name: imports(path) & set(names.values()) - {name} for path, name in names.items()}).prepare()
+
+
+def test_no_file_imports_a_script():
+    for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in files_of(folder))]:
+        assert {module.partition(".")[0] for module in imports(path)} & set(SCRIPTS) == set(), path.name
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_nobody_imports_a_script(script):
-    assert script not in set().union(*(imports(name) for name in [*ROOMS, *SCRIPTS]))
-
-
-def test_files_stay_small():
-    for path in ROOT.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, f"{path.name}: split it along what it talks about"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_needs_no_torch(script):
-    """`--help` answers at once: nothing heavy is imported before the arguments are parsed."""
+def test_help_imports_no_torch_numpy_or_matplotlib(script):
     code = f"import sys, runpy; sys.argv = ['{script}', '--help']\ntry: runpy.run_path('{script}.py', run_name='__main__')\n"
     code += "finally: assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules), 'a heavy import'"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "usage" in result.stdout and "heavy" not in result.stderr, result.stderr
+    assert result.returncode == 0, result.stderr
+    assert "usage" in result.stdout
+    assert "heavy" not in result.stderr
 
 
-def test_help_shows_defaults():
+def test_help_shows_the_defaults():
     text = run_process("train_gan.py", "--help", COLUMNS="200").stdout
-    assert "(default: 128)" in text and "(default: None)" not in text
+    assert "(default: 128)" in text
+    assert "(default: None)" not in text
     for line in ("--ema, --no-ema", "--early-stop, --no-early-stop", "--preset {default,reference}"):
         assert line in text

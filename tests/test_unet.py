@@ -1,4 +1,4 @@
-"""The U-Net: its shape, what each pixel sees, how time and class act on it."""
+"""networks/unet.py: shapes, the field of view, and the effect of time and class."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def test_the_unet_goes_down_to_7x7_and_back(width):
             module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
     x = torch.randn(3, 1, 28, 28)
     output = network(x, torch.tensor([0.0, 500.0, 999.0]), torch.tensor([0, 5, 10]))
-    assert output.shape == x.shape and output.dtype == torch.float32
+    assert output.shape == x.shape
+    assert output.dtype == torch.float32
     assert {(width, 28, 28), (4 * width, 14, 14), (10 * width, 7, 7)} == set(shapes) - {(1, 28, 28)}
 
 
@@ -31,14 +32,14 @@ def seen_by_a_corner(network) -> torch.Tensor:
 
 
 class Untouched(torch.nn.Module):
-    """In the place of a normalisation: its input, whatever scale and shift are given beside."""
+    """In place of a normalisation: it returns its input, and ignores scale and shift."""
 
     def forward(self, x, *_condition):
         return x
 
 
-def test_every_pixel_sees_every_pixel():
-    """Through convolutions and attention: GroupNorm, through which anything sees everything, is taken out."""
+def test_every_output_pixel_depends_on_every_input_pixel():
+    """Through convolutions and attention. GroupNorm is replaced, because it mixes all pixels anyway."""
     network = small("ddpm").unet
     for module in list(network.modules()):
         for name, child in module.named_children():
@@ -58,21 +59,17 @@ def test_attention_is_at_7x7():
         if isinstance(module, Attention):
             module.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(inputs[0].shape[1:])))
     network(torch.randn(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, dtype=torch.int64))
-    assert shapes and set(shapes) == {(80, 7, 7)}
+    assert set(shapes) == {(80, 7, 7)}
 
 
-def test_time_and_class_act_on_every_pixel():
+@pytest.mark.parametrize(("time", "label"), [(301.0, 3), (300.0, 4)])
+def test_another_time_or_class_changes_nearly_every_pixel(time, label):
     network, x = small("ddpm").unet, torch.randn(1, 1, 28, 28)
-    output = network(x, torch.tensor([300.0]), torch.tensor([3]))
-    for other in (
-        network(x, torch.tensor([301.0]), torch.tensor([3])),
-        network(x, torch.tensor([300.0]), torch.tensor([4])),
-    ):
-        assert ((other - output) != 0).float().mean() > 0.95
+    output, other = (network(x, torch.tensor([t]), torch.tensor([y])) for t, y in ((300.0, 3), (time, label)))
+    assert (other != output).float().mean() > 0.95
 
 
-def test_a_fresh_unet_predicts_zero_through_identities():
-    """What begins at zero: the head, and every block's last layer."""
+def test_a_new_unet_predicts_zero_and_its_blocks_are_identities():
     network = build("ddpm", width=8).unet
     assert not network(torch.randn(2, 1, 28, 28), torch.zeros(2), torch.zeros(2, dtype=torch.int64)).any()
     for block in network.middle:
@@ -89,19 +86,21 @@ def test_images_do_not_mix_within_a_batch():
 
 
 def test_neighbouring_times_stay_distinct_in_bf16():
-    """As numbers of bf16, 900 and 901 are one and the same."""
+    """In bf16, 900 and 901 are the same number."""
     network, x, labels = small("ddpm").unet, torch.randn(1, 1, 28, 28), torch.tensor([3])
     with torch.autocast("cpu", torch.bfloat16):
         conditions = []
         network.middle[0].register_forward_pre_hook(lambda _, inputs: conditions.append(inputs[1]))
         for time in (900.0, 901.0):
             network(x, torch.tensor([time]), labels)
-    assert conditions[0].dtype == torch.float32 and not torch.equal(*conditions)
+    assert conditions[0].dtype == torch.float32
+    assert not torch.equal(*conditions)
 
 
 def test_times_have_distinct_embeddings():
     embedded = sinusoids(torch.arange(1000), 32)
-    assert embedded.shape == (1000, 32) and embedded.abs().max() <= 1
+    assert embedded.shape == (1000, 32)
+    assert embedded.abs().max() <= 1
     assert torch.cdist(embedded, embedded).add(torch.eye(1000) * 9).min() > 0.05
 
 
@@ -113,18 +112,27 @@ def test_every_width_that_the_config_allows_can_be_built(width):
         assert network(torch.zeros(2, 1, 28, 28), indices, indices).shape == (2, 1, 28, 28)
 
 
-def test_the_width_is_a_multiple_of_the_groups():
-    with pytest.raises(ValueError, match="multiple of 8"):
-        build("ddpm", width=12)
-    with pytest.raises(ValueError, match="schedule must be one of"):
-        build("ddpm", schedule="sigmoid")
-    with pytest.raises(ValueError, match="prediction must be one of"):
-        build("ddpm", prediction=["v"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"width": 12}, "multiple of 8"),
+        ({"schedule": "sigmoid"}, "schedule must be one of"),
+        ({"prediction": ["v"]}, "prediction must be one of"),
+    ],
+)
+def test_a_config_out_of_bounds_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        build("ddpm", **config)
+
+
+@pytest.mark.parametrize(("classes", "rows"), [(10, 11), (0, 1)])
+def test_the_null_class_is_the_last_one(classes, rows):
+    assert UNet(8, classes).label.num_embeddings == rows
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_the_adaptive_normalisation_is_a_normalisation_then_a_scale_and_shift(memory_format):
-    """Values and all gradients, against the formula."""
+    """The values and all gradients, against the formula."""
     norm, plain = AdaptiveGroupNorm(2, 6), torch.nn.GroupNorm(2, 6)
     for parameter in norm.parameters():
         torch.nn.init.normal_(parameter)

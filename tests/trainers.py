@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import torch
 
-from recipes.gan import GANStep
 from checkpoint import read_tensors
 from recipes.ddpm import DiffusionStep
+from recipes.gan import GANStep
 
-FLAGS = ["--dataset", "digits", "--epochs", 3, "--width", 8, "--batch-size", 256, "--eval-samples", 200, "--device", "cpu"]
+# Three epochs of five steps
+FLAGS = ["--dataset", "digits", "--epochs", 3, "--width", 8, "--batch-size", 64, "--limit", 320, "--eval-samples", 160,
+         "--device", "cpu"]  # fmt: skip
+DIFFUSION_FLAGS = [*FLAGS, "--steps", 2, "--batch-size", 32, "--limit", 160, "--eval-samples", 80]
 
 
 class Trainer(NamedTuple):
@@ -26,9 +29,8 @@ class Trainer(NamedTuple):
 TRAINERS = [
     Trainer("train_gan.py", "GAN", "gan", GANStep, ["GAN_G", "GAN_D"], FLAGS),
     Trainer("train_cgan.py", "CGAN", "cgan", GANStep, ["CGAN_G", "CGAN_D"], FLAGS),
-    Trainer("train_diffusion.py", "DIFF", "diffusion", DiffusionStep, ["DIFF"],
-            [*FLAGS, "--steps", 2, "--batch-size", 64, "--limit", 320, "--eval-samples", 160]),  # as many steps, and quicker
-]  # fmt: skip
+    Trainer("train_diffusion.py", "DIFF", "diffusion", DiffusionStep, ["DIFF"], DIFFUSION_FLAGS),
+]
 
 
 def training_file(folder, trainer):
