@@ -143,7 +143,7 @@ def figures(measured) -> dict[str, object]:
     }
 
 
-# Each sentence with a figure, as it must stand in the page. A figure that changes makes the sentence wrong, and the test fails.
+# The sentences with figures, as they must stand in the pages. When a figure changes, its sentence is wrong, and the test fails.
 QUOTED = {
     "docs/results.md": [
         "with guidance scale {labelled.guidance}, like",
@@ -162,8 +162,8 @@ QUOTED = {
         "the DCGAN in {dcgan.dtype} draws {speed:.0f} times as many images a second as the DDPM in {ddpm.dtype}.",
         "took {minutes.dcgan:.1f} minutes (DCGAN), {minutes.cdcgan:.1f} minutes (conditional DCGAN) and "
         "{minutes.ddpm:.1f} minutes (DDPM)",
-        "{ddpm.steps} steps of DPM-Solver++ have a FID ratio of {solver.mean:.1f} ± {solver.std:.1f} with eta {ddpm.eta}, and "
-        "of {solver0.mean:.1f} ± {solver0.std:.1f} with eta 0.",
+        "{ddpm.steps} steps of DPM-Solver++ have a FID ratio of {solver.mean:.1f} ± {solver.std:.1f} with eta {ddpm.eta}, "
+        "and of {solver0.mean:.1f} ± {solver0.std:.1f} with eta 0.",
         "15 steps of DDIM have {ddim.mean:.1f} ± {ddim.std:.1f}, and 100 steps of ancestral sampling "
         "{ancestral.mean:.1f} ± {ancestral.std:.1f}.",
         "These ratios are of 1,000 samples",
