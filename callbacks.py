@@ -1,6 +1,6 @@
 """What happens beside the training steps: EMA, FID monitor, early stopping, learning rate, and the writers.
 
-The order in the list is the contract. EMA comes first. Then comes what samples and can be repeated: ProgressGIF, FIDMonitor.
+Their order in the list matters. First comes EMA, then ProgressGIF and FIDMonitor, which draw samples and can be repeated.
 Watchdog, EarlyStopping and the learning rate read the row that the monitor filled. The writers come last.
 """
 
@@ -221,8 +221,9 @@ class CheckpointWriter(Callback):
 class ProgressGIF(Callback):
     """A GIF with one frame an epoch, drawn from the same noise. The first frame is from before the training.
 
-    A frame is a square of `columns` images a side. With `labels` [N], the classes to draw, it has N images in `columns`.
-    `options` are those of the model's `sample`. The file is written once the log has the FID of the caption.
+    A frame is a square of `columns` images a side. With `labels` [N], the classes to draw, it has N images, `columns` in a
+    row. `options` are those of the model's `sample`. The file is written after the log row, because its caption shows the
+    FID.
     """
 
     def __init__(
@@ -281,7 +282,7 @@ def _fid(row: dict[str, float]) -> str:
 class CSVLogger(Callback):
     """Rewrites the whole log after every epoch, so that each epoch stands in it once, resumed or not.
 
-    `rates` maps a column to the optimizer whose learning rate, that of the next step, stands there.
+    `rates` maps a column to an optimizer. The column has its learning rate in the next step.
     """
 
     def __init__(self, path: Path, rates: dict[str, torch.optim.Optimizer]):
@@ -369,8 +370,8 @@ class Stateful(Protocol):
 class StateSaver(Callback):
     """Writes everything that a resumed run needs: after every epoch, every minute, and when a signal asks to stop.
 
-    `parts` are networks, optimizers and callbacks by name. With several processes, all stop when one is asked to, and the
-    first one writes.
+    `parts` are networks, optimizers and callbacks by name. With several processes, all stop when one is asked to, and
+    process 0 writes.
     """
 
     SECONDS = 60.0

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from diffusion.options import (
     CONDITIONAL_ETA,
@@ -32,8 +32,8 @@ from files import ExpectedError, Interrupted, UsageError, is_first, is_out_of_me
 # Exit codes
 
 AGAIN = "No file is half written; give the same command again."
-# How often an OpenMP thread checks whether the others have arrived, before it sleeps. The default of 300,000 keeps the core
-# that a waiting thread needs, when cores are shared. 10,000 is as fast on idle cores (docs/speed.md).
+# How often a thread of OpenMP looks for the others before it sleeps. With the default of 300,000 it blocks a shared core.
+# 10,000 is as fast on idle cores (docs/speed.md).
 SPINS = "10000"
 
 
@@ -105,7 +105,7 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error("an argument is empty; leave it out, or give it a value")
         return super().parse_known_args(args, namespace)
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
@@ -148,7 +148,7 @@ SEED = integer(0, 2**63 - 1)  # what torch accepts
 LEARNING_RATE = number("(0, 1]")  # Adam moves a weight by about as much in a step
 ETA = number(f"[0, {max(MAX_ETA.values()):g}]")
 GUIDANCE = number(f"[0, {MAX_GUIDANCE}]")
-DATA_DIR_HELP = "where MNIST/raw is (default: $MNIST_DIR, else data)"
+DATA_DIR_HELP = "where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1, ..."
 
 
@@ -204,7 +204,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--warmup-steps",
         type=integer(0),
         default=0,
-        help="steps in which the learning rate rises from zero; 0: none, as with --lr-schedule plateau",
+        help="steps in which the learning rate rises from zero; 0: none; not with --lr-schedule plateau",
     )
     flag("--ema", action=switch, default=True, help="sample and score an exponential moving average of the weights")
     flag("--ema-decay", type=number("[0, 1)"), default=0.999, help="decay of that average in a step")
@@ -229,7 +229,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--resume", action=switch, default=False, help="continue the last run (or that in --out-dir), with its flags")
 
     # Data
-    flag("--data-dir", default=None, help="where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)")
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
     flag(
         "--dataset",
         choices=("mnist", "digits"),
@@ -302,9 +302,9 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
         "--stable-targets",
         type=number("[0, 1)"),
         default=0.4,
-        help="share of a batch, its noisiest, whose target is the mean over all digits that it may come from; 0: none",
+        help="share of a batch with the most noise, whose target is a mean of digits: less variance; 0: none",
     )
-    flag("--init", default=None, help="checkpoint of a diffusion model whose weights are the first ones: fine-tuning")
+    flag("--init", default=None, help="start from the weights of this diffusion checkpoint: fine-tuning")
     flag(
         "--muon-lr",
         type=number("[0, 1]"),
@@ -319,7 +319,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
         help="share of labels hidden, to learn unconditional sampling; 0: do not learn it",
     )
     defaults = SamplingOptions()
-    flag("--sampler", choices=MAX_ETA, default=defaults.sampler, help="sampler of the monitor and of the GIF")
+    flag("--sampler", choices=MAX_ETA, default=defaults.sampler, help="sampler of the scorings and of the GIF")
     flag(
         "--steps",
         type=integer(1),
@@ -363,7 +363,7 @@ def parse_again(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> argpa
     """Parse recorded flags as if they were typed.
 
     Raises:
-        ValueError: a value is not of a flag's kind, or the command line does not accept it.
+        ValueError: a value is no primitive, or the command line does not accept it.
     """
     argv = []
     for action in parser._actions:
@@ -377,7 +377,7 @@ def parse_again(parser: argparse.ArgumentParser, flags: dict[str, Any]) -> argpa
     try:
         return parser.parse_args(argv)
     except UsageError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).partition(";")[0][:200]) from error  # the value may be long
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -99,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.first_before_others():
         train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
     target = train if args.n > len(test) else test
+    origin = {"versions": provenance(), "extractor_sha256": extractor.sha256}
     evaluations = args.seeds * args.n * sum(job.evaluations for job in jobs)
     print(f"to do: {evaluations:,} network evaluations in {args.seeds * len(jobs)} samplings, each of them scored")
 
@@ -128,8 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
     command = shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])])
     if is_first():
-        origin = {"command": command, "versions": provenance(), "extractor_sha256": extractor.sha256}
-        table.write(args.out_dir, origin)
+        table.write(args.out_dir, {"command": command, **origin})
     distributed.leave()
 
 

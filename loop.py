@@ -1,7 +1,7 @@
 """The one training loop, its state, and stopping by signal.
 
 `fit` knows no model, optimizer or device. A train step maps a batch to losses; callbacks do everything else. Their order in
-the list is the contract: EMA, then what samples, then early stopping and learning rate, then the writers.
+the list matters, see callbacks.py.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class TrainState:
 
 
 class Callback:
-    """Something that happens beside the steps. Hooks read and change only the state; `__init__` takes other objects."""
+    """Something that happens beside the steps. Callbacks communicate through the state; `__init__` takes other objects."""
 
     def on_start(self, state: TrainState) -> None:
         """Before the first step of this process."""
@@ -99,7 +99,7 @@ class Callback:
         """After the last step of an epoch. Figures go into `state.row`."""
 
     def at_rest(self, state: TrainState) -> None:
-        """After every step and every completed epoch, when model, callbacks and state agree: the moment to save."""
+        """After every step and every completed epoch, when model, callbacks and state are consistent: time to save."""
 
     def on_end(self, state: TrainState) -> None:
         """At the end of the run, also after an error."""
@@ -150,7 +150,7 @@ def fit(
 
 
 class StopSignals:
-    """Keeps SIGINT and SIGTERM until the training is at rest. Within `at_once()` they act immediately.
+    """Delays SIGINT and SIGTERM until the training is at rest. Within `at_once()` they act immediately.
 
     A second SIGINT ends the process at once, even in a long step. A second SIGTERM, which some tools send, changes nothing.
     """

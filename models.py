@@ -11,7 +11,7 @@ It samples in eval mode. Each network evaluation is a call of the generator itse
         uniformly, and the DDPM samples its null class.
     rng: CPU generator of all randomness. None: torch's global one.
     chunk_size: images in a forward pass. It bounds the memory and does not change the noise.
-    rows: which of the n images to compute and return. They do not depend on it.
+    rows: which of the n images to compute and return. An image is the same for every `rows`.
     options: those named in the class's `SAMPLE_OPTIONS`. A class that has any also has `sample_options(with_labels,
         **options)`, which fills in the defaults, and `evaluations(**options)`, the network evaluations of one image.
 
@@ -98,9 +98,9 @@ class ClassBatchNorm2d(nn.Module):
 class Generator(nn.Module):
     """DCGAN generator: latent [B, latent_dim] ~ N(0, I) -> image [B, 1, 28, 28] in [-1, 1], at 7 -> 14 -> 28 pixels.
 
-    The paper's transposed convolutions, with a residual 3x3 convolution at 7x7 and at 14x14. At equal cost, depth pays more
-    than width: strokes have to agree over the whole digit. The class acts on every normalisation. It also acts on the first
-    layer, as if its one-hot vector were part of the latent (Mirza & Osindero 2014).
+    The paper's transposed convolutions, with a residual 3x3 convolution at 7x7 and at 14x14. At equal cost, another layer
+    helps more than more channels: strokes have to agree over the whole digit. The class acts on every normalisation. It also
+    acts on the first layer, as if its one-hot vector were part of the latent (Mirza & Osindero 2014).
     """
 
     SAMPLE_OPTIONS: tuple[str, ...] = ()
@@ -163,8 +163,8 @@ class Discriminator(nn.Module):
     """DCGAN discriminator: image [B, 1, 28, 28] -> logit [B], large for real images. Labels [K, B] give logits [K, B].
 
     With classes it is a projection discriminator (Miyato & Koyama 2018, eq. 3): the logit gains the inner product of the
-    class embedding and the features of the last layer. The features are not sum-pooled as in the paper: where a stroke lies
-    is what tells digits apart.
+    class embedding and the features of the last layer. Unlike in the paper, the features are not summed over positions: the
+    position of a stroke tells digits apart.
     """
 
     def __init__(self, config: DiscriminatorConfig):
@@ -300,14 +300,14 @@ class DDPM(nn.Module):
         if labels is None:
             labels = torch.full((n,), self.config.num_classes)
         elif guidance and chosen.sampler == "dpm-solver++":
-            stochasticity["renewed_below"] = float("inf")  # the digit is given, so none can be drawn too often
+            stochasticity["renewed_below"] = float("inf")  # a given digit cannot be drawn too often, see dpm_solver
         noise = torch.randn(n, 1, 28, 28, generator=rng)
         step_seed = int(torch.randint(2**62, (), generator=rng))
         with evaluating(self) as device, autocast(device, chosen.precision):
             labels = labels.to(device)
 
             def denoise(x: Tensor, level: process.Level) -> Tensor:
-                clean = torch.zeros_like(x)  # samplers treat each image alone, so rows that are not returned stay zero
+                clean = torch.zeros_like(x)  # rows that are not returned stay zero: samplers treat each image alone
                 chunks = (tensor[rows].split(chunk_size) for tensor in (x, labels, clean))
                 for images, classes, estimate in zip(*chunks):
                     if watch:

@@ -1,7 +1,7 @@
 """Draw the report from what was measured: charts, reports/report.html, and the generated tables of README and docs.
 
-It reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv, pitfalls.csv and self_check.csv (of
-benchmarks/), and the shipped pictures. It measures nothing, so it takes seconds.
+It reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv, pitfalls.csv, self_check.csv and
+ablation.csv (of benchmarks/), and the shipped pictures. It measures nothing, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def draw_samples(args: argparse.Namespace, models: list[Row]) -> None:
     import data
     from checkpoint import file_sha256, load_generator
     from figures import charts, images
+    from figures.measured import label_of
     from utils import choose_device, has_bf16, keyed_generator
 
     device = choose_device(args.device)
@@ -106,7 +107,7 @@ def draw_samples(args: argparse.Namespace, models: list[Row]) -> None:
         shown = samples[:: SAMPLE_COLUMNS * data.NUM_CLASSES // NEIGHBOUR_COLUMNS][:NEIGHBOUR_COLUMNS]
         distances = torch.cdist(shown.flatten(1).float(), train.flatten(1).float())
         nearest = train[distances.topk(NEIGHBOURS, largest=False).indices]  # [columns, neighbours, 1, 28, 28]
-        panels.append((charts.label_of(row["model"]), shown[:, 0].cpu().numpy(), nearest[:, :, 0].cpu().numpy()))
+        panels.append((label_of(row["model"]), shown[:, 0].cpu().numpy(), nearest[:, :, 0].cpu().numpy()))
     charts.neighbours(args.reports / "nearest_neighbours.png", panels)
 
 
@@ -132,7 +133,8 @@ def write_page(args: argparse.Namespace, measured: Measured) -> None:
     """
     import jinja2
 
-    from figures import charts, tables
+    from figures import tables
+    from figures.measured import label_of
 
     files = sorted([*args.reports.iterdir(), *args.samples.iterdir()])
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -147,7 +149,7 @@ def write_page(args: argparse.Namespace, measured: Measured) -> None:
             self_check=tables.self_check(measured.self_check),
             check_n=int(measured.self_check[0]["n"]),
             conclusions=conclusions(results) if results else [],
-            models=[(charts.label_of(row["model"]), sample_file(row), with_labels(row)) for row in models],
+            models=[(label_of(row["model"]), sample_file(row), with_labels(row)) for row in models],
             images={path.name: inline(path) for path in files if path.suffix in (".png", ".gif")},
         )
     except jinja2.UndefinedError as error:
@@ -200,10 +202,11 @@ def write_tables(readme: Path, measured: Measured) -> list[Path]:
             "self check": tables.markdown(tables.self_check(measured.self_check)),
         },
     }
+    texts = {path: path.read_text() for path in parts}
     for path, sections in parts.items():
-        text = path.read_text()
         for name, content in sections.items():
-            text = replaced(text, name, content, path)
+            texts[path] = replaced(texts[path], name, content, path)
+    for path, text in texts.items():  # all or none: what is missing is known by now
         with atomic_path(path) as temporary:
             temporary.write_text(text)
     if (notebook := readme.parent / NOTEBOOK).exists():

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import DEVICE_HELP, LEARNING_RATE, SEED, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, LEARNING_RATE, SEED, ArgumentParser, integer, run_script
 from files import UsageError
 from utils import autocast, choose_device, keyed_generator, provenance, resolve_precision
 
@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch-size", type=integer(1), default=128, help="images in a step")
     flag("--lr", type=LEARNING_RATE, default=3e-3, help="peak learning rate of AdamW (one cycle)")
     flag("--width", type=integer(1), default=16, help="channels at 28x28")
-    flag("--data-dir", default=None, help="where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)")
+    flag("--data-dir", default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     flag("--seed", type=SEED, default=0, help="seed of weights, order and augmentation")
@@ -82,7 +82,7 @@ def train_classifier(args: argparse.Namespace, device: torch.device, data_dir: s
 
     import data
     from callbacks import EMA
-    from engine.guard import Guard, average_gradients, gradient_norm
+    from engine.guard import Guard, average_over_processes, gradient_norm
     from loop import TrainState, fit
     from models import build
 
@@ -116,7 +116,7 @@ def train_classifier(args: argparse.Namespace, device: torch.device, data_dir: s
             loss = F.cross_entropy(network(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
-        loss = average_gradients(loss, optimizer)
+        loss = average_over_processes(loss, optimizer)
         loss = guard.step(loss, gradient_norm(optimizer), optimizer)
         guard.restore()
         schedule.step()

@@ -24,10 +24,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.steps = min(DEFAULT_STEPS, args.timesteps)
     if not args.resume:  # a resumed run has its own flags
         try:
-            options = SamplingOptions(args.sampler, args.steps, args.guidance, args.eta)
+            options = SamplingOptions(sampler=args.sampler, steps=args.steps, guidance=args.guidance, eta=args.eta)
             options.resolved(args.timesteps, num_classes=10, with_labels=True)
         except ValueError as error:
-            parser.error(str(error))
+            parser.error(f"the samples cannot be drawn in this way: --{error}")
     return args
 
 

@@ -154,7 +154,7 @@ def gan_loop(args: argparse.Namespace, digits: data.Digits, precision: str, choi
     elif choice == "D's unused gradients computed":
         discriminator.requires_grad_ = lambda _: discriminator
     elif choice == "real and fake in two passes":
-        step._judge = functools.partial(two_passes, discriminator)  # type: ignore[method-assign]
+        step._judge = functools.partial(two_passes, discriminator)  # type: ignore[method-assign]  # the choice is undone
     for network in networks.values():
         change_network(network, choice)
     step.graph.active &= choice != NO_GRAPH

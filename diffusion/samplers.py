@@ -30,7 +30,7 @@ from diffusion.process import CLEAN, Level
 Denoise = Callable[[Tensor, Level], Tensor]
 
 NOISE_RANGE = (12.0, 0.08)  # of `noise_grid`: the noise-to-signal ratios between which it spaces its levels
-RHO = 7  # of `noise_grid`: the root of the ratio that is evenly spaced
+RHO = 7  # of `noise_grid`: its levels are evenly spaced in (sigma / alpha)^(1/RHO)
 # The noise-to-signal ratios at which guidance acts. With more noise it makes all samples of a digit alike; with less noise
 # there is nothing left to decide (Kynkäänniemi et al. 2024).
 GUIDANCE_RANGE = (0.25, 2.0)
@@ -56,7 +56,7 @@ def time_grid(levels: list[Level], steps: int) -> list[Level]:
 def noise_grid(levels: list[Level], steps: int) -> list[Level]:
     """As `time_grid`, but evenly spaced in (sigma / alpha)^(1/7) after the first level (Karras et al. 2022, eq. 5).
 
-    More of the steps fall where it is decided what a sample becomes. Large steps cost the most there.
+    More of the steps fall at middle noise, where the shape of the digit forms. Large steps cost the most there.
 
     Raises:
         ValueError: no step, or more steps than times.
@@ -133,13 +133,13 @@ def dpm_solver(
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, of the reverse process with `eta` times the usual noise.
 
-    eta = 0 is deterministic and of second order. eta = 1 is the reverse of the forward process, which ancestral sampling
-    follows too (SDE-DPM-Solver++(2M), their appendix). Every eta leads to the same distribution (tau of Xue et al. 2023,
-    section 4). A step of size h replaces a share of the noise, and with it a share of the errors of earlier steps. So a
-    large eta helps an imperfect network, but needs more steps.
+    eta = 0 is deterministic and of second order. eta = 1 follows the same process as ancestral sampling
+    (SDE-DPM-Solver++(2M), their appendix). Every eta leads to the same distribution (tau of Xue et al. 2023, section 4). A
+    step replaces a share of the noise. That removes the same share of the errors of earlier steps. So a large eta helps an
+    imperfect network, but needs more steps.
 
-    Noise is added only below the noise-to-signal ratio `renewed_below` (S_tmax of Karras et al. 2022, algorithm 2). Above
-    it, few steps with added noise draw some digits too often, even with exact estimates of x0.
+    Noise is added only below the noise-to-signal ratio `renewed_below` (S_tmax of Karras et al. 2022, algorithm 2). With
+    few steps, noise that is added above it draws some digits too often, even with exact estimates of x0.
 
     The first step, and the step that ends at the clean image, are of first order: there is nothing to extrapolate.
     """

@@ -26,7 +26,7 @@ class Recording(NamedTuple):
     results: dict[str, Tensor]
 
 
-class CUDAGraph:
+class RecordedUpdate:
     """Calls `update(*inputs, variant)` -> tensors by name; on a GPU it replays a recording, one for each `variant`.
 
     What a recording needs of `update`:

@@ -37,10 +37,10 @@ class Guard:
         Raises:
             ValueError: an optimizer would not heed the flag. Fused optimizers of torch do, and `Muon`.
         """
+        if not all(o.defaults.get("fused") or getattr(o, "heeds_found_inf", False) for o in optimizers):
+            raise ValueError("only a fused optimizer can be held back; give it fused=True")
         finite = loss.isfinite() & norm.isfinite()
         for optimizer in optimizers:
-            if not (optimizer.defaults.get("fused") or getattr(optimizer, "heeds_found_inf", False)):
-                raise ValueError("only a fused optimizer can be held back; give it fused=True")
             optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]  # torch.amp's flag: 1 skips the step
             optimizer.step()
         self._finite = finite if self._finite is None else self._finite & finite
@@ -57,7 +57,7 @@ class Guard:
         distributed.average([buffer for buffer in self._buffers if buffer.is_floating_point()])
 
 
-def average_gradients(loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
+def average_over_processes(loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
     """Average loss and gradients over the processes, if there are several, in one message. Returns the detached loss.
 
     A number that is not finite in one process is then not finite in all of them.

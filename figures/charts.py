@@ -15,26 +15,17 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
+from figures.measured import ABLATION_TITLES, label_of
 from files import atomic_path
 
-STYLES = {  # model -> label, colour, marker, hatch
-    "dcgan": ("DCGAN", "#e69f00", "s", "//"),
-    "ddpm": ("DDPM, unconditional", "#0072b2", "o", ""),
-    "cdcgan": ("conditional DCGAN", "#d55e00", "D", "\\\\"),
-    "ddpm, by digit": ("DDPM, class-conditional", "#56b4e9", "^", ".."),
+STYLES = {  # model of metrics.json -> colour, marker, hatch
+    "dcgan": ("#e69f00", "s", "//"),
+    "ddpm": ("#0072b2", "o", ""),
+    "cdcgan": ("#d55e00", "D", "\\\\"),
+    "ddpm, by digit": ("#56b4e9", "^", ".."),
 }
-ABLATION_TITLES = {"gan": "DCGAN", "cgan": "conditional DCGAN", "diffusion": "DDPM"}
+UNKNOWN = ("#999999", "P", "")
 Rows = list[dict]
-
-
-def style_of(model: str) -> tuple[str, str, str, str]:
-    """Label, colour, marker and hatch of a model of metrics.json. An unknown model is grey."""
-    return STYLES.get(model, (model, "#999999", "P", ""))
-
-
-def label_of(model: str) -> str:
-    """The printed name of a model of metrics.json."""
-    return style_of(model)[0]
 
 
 def write_figure(path: str | os.PathLike[str], figure: Figure) -> None:
@@ -48,7 +39,7 @@ def compare(path: str | os.PathLike[str], rows: Rows, name: str, axis: str, real
     figure = Figure(figsize=(6.4, 3.6), dpi=150, layout="constrained")
     axes = figure.subplots()
     for position, row in enumerate(rows):
-        _, colour, _, hatch = style_of(row["model"])
+        colour, _, hatch = STYLES.get(row["model"], UNKNOWN)
         deviation = row[f"{name}_std"]
         axes.bar(position, row[name], 0.6, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
         axes.errorbar(position, row[name], deviation, color="black", capsize=4)
@@ -56,7 +47,7 @@ def compare(path: str | os.PathLike[str], rows: Rows, name: str, axis: str, real
     if real.get(f"{name}_std"):
         low, high = (real[name] + sign * real[f"{name}_std"] for sign in (-1, 1))
         axes.axhspan(low, high, color="black", alpha=0.15, linewidth=0)
-    labels = (textwrap.fill(label_of(row["model"]), 12, break_on_hyphens=False) for row in rows)
+    labels = (textwrap.fill(label_of(row["model"]), 17, break_on_hyphens=False) for row in rows)
     axes.set_xticks(range(len(rows)), [f"{label}\n{row[name]:.2f}" for label, row in zip(labels, rows)])
     axes.set_ylabel(axis)
     axes.margins(y=0.15)
@@ -105,9 +96,11 @@ def quality_against_cost(path: str | os.PathLike[str], rows: Rows) -> None:
         figure.subplots(1, 2), ("evaluations", "images_per_second"), ("network evaluations per image", "images per second")
     ):
         for row in rows:
-            name, colour, marker, _ = style_of(row["model"])
+            colour, marker, _ = STYLES.get(row["model"], UNKNOWN)
             style = {"color": colour, "marker": marker, "markersize": 8, "markeredgecolor": "black", "linestyle": ""}
-            axes.errorbar(row[cost], row["fid_ratio"], row["fid_ratio_std"], capsize=3, label=name, **style)
+            axes.errorbar(
+                row[cost], row["fid_ratio"], row["fid_ratio_std"], capsize=3, label=label_of(row["model"]), **style
+            )
         axes.axhline(1, color="black", linewidth=1)
         axes.annotate("real digits", (0.01, 1), xycoords=("axes fraction", "data"), va="bottom")
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="FID / FID of real digits")

@@ -15,12 +15,25 @@ LOGS = {
     "conditional DCGAN": "cgan_training_log.csv",
     "diffusion": "diffusion_training_log.csv",
 }
+LABELS = {  # model of metrics.json -> its printed name
+    "dcgan": "DCGAN",
+    "ddpm": "DDPM, unconditional",
+    "cdcgan": "conditional DCGAN",
+    "ddpm, by digit": "DDPM, class-conditional",
+}
+ABLATION_TITLES = {"gan": "DCGAN", "cgan": "conditional DCGAN", "diffusion": "DDPM"}
 TRAINING_OF = {"dcgan": "DCGAN", "cdcgan": "conditional DCGAN", "ddpm": "diffusion", "ddpm, by digit": "diffusion"}
 PITFALL_COLUMNS = {"model", "mistake", "checkpoint", "n", "fid", "fid_ratio", "is", "label_accuracy"}
 SELF_CHECK_COLUMNS = {"damage", "level", "n", "fid", "kid", "is", "precision", "recall", "density", "coverage"}
 SAMPLER_PROTOCOL = ("n", "device", "precision")
-ABLATION_COLUMNS = {"model", "recipe", "seed", "minutes", "n", "fid_ratio", "fid_ratio_asked"}
+ABLATION_PROTOCOL = ("minutes", "n", "device", "precision")
+ABLATION_COLUMNS = {"model", "recipe", "seed", "fid_ratio", "fid_ratio_asked", *ABLATION_PROTOCOL}
 SAMPLER_COLUMNS = {"checkpoint", "seed", "fid_ratio", "drawn", "sampler", "steps", "eta", "guidance", *SAMPLER_PROTOCOL}
+
+
+def label_of(model: str) -> str:
+    """The printed name of a model of metrics.json."""
+    return LABELS.get(model, model)
 
 
 class Measured(NamedTuple):
@@ -67,8 +80,12 @@ def read_measured(reports: Path) -> Measured:
     for name, rows in (("pitfalls", measured.pitfalls), ("samplers", measured.samplers)):
         if foreign := {row["checkpoint"] for row in rows} - hashes - {None}:
             raise ExpectedError(f"{name}.csv was measured with another checkpoint, {foreign.pop()}; measure it again")
-    if len({tuple(row[name] for name in SAMPLER_PROTOCOL) for row in measured.samplers}) > 1:
-        raise ExpectedError("samplers.csv holds more than one protocol; remove it and measure it again")
+    for name, rows, protocol in (
+        ("samplers", measured.samplers, SAMPLER_PROTOCOL),
+        ("ablation", measured.ablation, ABLATION_PROTOCOL),
+    ):
+        if len({tuple(row[column] for column in protocol) for row in rows}) > 1:
+            raise ExpectedError(f"{name}.csv holds more than one protocol; remove it and measure it again")
     return measured
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from figures.charts import ABLATION_TITLES, label_of
-from figures.measured import Measured, Row
+from figures.measured import ABLATION_TITLES, Measured, Row, label_of
 
 
 class Figure(NamedTuple):
@@ -35,9 +34,9 @@ ALL_FIGURES = [
     Figure("density", "density", 3),
     Figure("coverage", "coverage", 3),
     Figure("label_accuracy", "label accuracy, %", 2, 100),
-    Figure("nearest_median_ratio", "distance to training digits, ratio to test digits: medians", 2),
-    Figure("nearest_percentile_ratio", "the same: first percentiles", 2),
-    Figure("nearest_share_close", "samples nearer than 1 % of test digits are, %", 1, 100),
+    Figure("nearest_median_ratio", "median distance to the nearest training digit / that of test digits", 2),
+    Figure("nearest_percentile_ratio", "first percentile of that distance / that of test digits", 2),
+    Figure("nearest_share_close", "samples nearer to a training digit than the nearest 1 % of test digits, %", 1, 100),
     Figure("evaluations", "network evaluations of an image", 0),
     Figure("images_per_second", "images/s", 0),
     Figure("parameters", "parameters, million", 2, 1e-6),
@@ -114,7 +113,7 @@ def ablation(rows: list[Row]) -> Cells:
     """The study of recipes: for each model and recipe, the FID ratio of each training seed and their mean."""
     recipes: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        recipes.setdefault((ABLATION_TITLES[row["model"]], row["recipe"]), []).append(row)
+        recipes.setdefault((ABLATION_TITLES.get(str(row["model"]), str(row["model"])), row["recipe"]), []).append(row)
     lines = []
     for (title, recipe), same in sorted(recipes.items(), key=lambda item: (item[0][0], _mean(item[1], "fid_ratio"))):
         seeds = ", ".join(f"{row['fid_ratio']:.1f}" for row in same)
@@ -139,7 +138,7 @@ def _cell(row: Row, figure: Figure) -> str:
 
 def _plain_cells(row: Row, figures: list[Figure]) -> list[str]:
     """The figures without deviations."""
-    return [_cell({name: row.get(name) for name in (figure.name,)}, figure) for figure in figures]
+    return [_cell({figure.name: row.get(figure.name)}, figure) for figure in figures]
 
 
 def in_portuguese(cells: Cells) -> Cells:

@@ -14,8 +14,8 @@ from checkpoint import file_sha256, load_generator
 from diffusion import process
 from diffusion.options import OPTION_NAMES
 from engine import distributed
-from engine.cuda_graph import CUDAGraph
-from engine.guard import Guard, average_gradients, clip_gradients
+from engine.cuda_graph import RecordedUpdate
+from engine.guard import Guard, average_over_processes, clip_gradients
 from engine.muon import Muon
 from files import UsageError
 from loop import TrainState
@@ -28,11 +28,10 @@ DRY_RUN_STEPS = 5  # network evaluations of a sample in a dry run
 
 
 class StableTargets:
-    """The mean of x0 over all training digits that x_t may come from, given x_t and its label.
+    """Training targets with less variance (Xu et al. 2023, arXiv 2302.00670, with the training set as the reference batch).
 
-    As a target it has the same expected gradient as the one digit that x_t was made from, with less variance. The variance
-    is largest at high noise, where many digits give the same x_t. So the `share` of a batch with the most noise gets it (Xu
-    et al. 2023, arXiv 2302.00670, with the training set as the reference batch).
+    At high noise, many digits can give the same x_t. Their mean, given x_t and its label, is a better target than the one
+    digit that x_t was made from. The expected gradient is the same. The `share` of a batch with the most noise gets it.
     """
 
     def __init__(self, digits: data.Digits, share: float):
@@ -46,17 +45,17 @@ class StableTargets:
         rows = sigma.flatten().topk(math.ceil(self.share * len(x))).indices  # a fixed number: no wait for the device
         wanted = labels[rows, None]  # [rows, 1]
         possible = (wanted == self.labels) | (wanted >= data.NUM_CLASSES)  # [rows, N]
-        with torch.autocast(x.device.type, enabled=False):  # differences of large numbers
+        with torch.autocast(x.device.type, enabled=False):  # fp32, for small differences of large numbers
             noisy, alpha, sigma = (tensor[rows].flatten(1) for tensor in (x, alpha, sigma))
             mean = process.posterior_mean(noisy, alpha, sigma, self.images, self.squares, possible)
         return x0.index_copy(0, rows, mean.unflatten(1, x0.shape[1:]))
 
 
 class DiffusionStep:
-    """One update of the U-Net (Ho et al. 2020, algorithm 1), with times and noise keyed by the step.
+    """One update of the U-Net (Ho et al. 2020, algorithm 1), with times and noise seeded by the step.
 
     A call takes images [B, 1, 28, 28] in [-1, 1] and labels int64 [B]. It returns `loss`, a scalar on the device, nan where
-    the guard skipped the update. `optimizers` are called `matrices` (Muon) and `others` (Adam).
+    the guard skipped the update. `optimizers` has the keys `matrices` (Muon) and `others` (Adam).
 
     Args:
         label_dropout: share of labels replaced by the null class (Ho & Salimans 2022, algorithm 1), in [0, 1).
@@ -87,14 +86,14 @@ class DiffusionStep:
         self.stable_targets = stable_targets
         self.rng = torch.Generator(next(model.parameters()).device)
         self.guard = Guard()  # the model's buffers are constants
-        self.graph = CUDAGraph(self.update, self.rng, optimizers)
+        self.graph = RecordedUpdate(self.update, self.rng, optimizers)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         reseeded(self.rng, self.seed, "diffusion", self.state.step)
         return self.graph(images, labels)
 
     def update(self, images: Tensor, labels: Tensor, _variant: None = None) -> dict[str, Tensor]:
-        """The update, by this process's rows of the batch."""
+        """The update, on this process's rows of the batch."""
         config = self.model.config
         rows = distributed.share(len(images))
         optimizers = list(self.optimizers.values())
@@ -125,9 +124,9 @@ class DiffusionStep:
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss.backward()
-        loss = average_gradients(loss, *optimizers)
+        loss = average_over_processes(loss, *optimizers)
         norm = clip_gradients(self.grad_clip, *optimizers)
-        return {"loss": self.guard.step(loss, norm, *optimizers)}
+        return {"loss": self.guard.step(loss, norm, *optimizers)}  # optimizer.step() for each, if loss and norm are finite
 
 
 def train_ddpm(args: argparse.Namespace) -> None:

@@ -11,17 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine import distributed
-from engine.cuda_graph import CUDAGraph
-from engine.guard import Guard, average_gradients, gradient_norm
+from engine.cuda_graph import RecordedUpdate
+from engine.guard import Guard, average_over_processes, gradient_norm
 from files import UsageError
 from loop import TrainState
 from models import Discriminator, Generator, build
 from recipes.run import Run
 from utils import autocast, reseeded
 
-# The weight of real images with a wrong label in the discriminator's loss. The paper gives them the weight of generated
-# images. On digits that ends in prototypes: label accuracy passes that of real digits, and the FID gets worse from epoch 3
-# on.
+# The weight of real images with a wrong label in the discriminator's loss. Reed et al. (2016) give them that of generated
+# images. On digits, samples then become alike: label accuracy passes that of real digits, and the FID rises from epoch 3 on.
 MISMATCH_WEIGHT = 0.1
 PENALTY_EVERY = 4  # steps; the penalty's weight grows in proportion (lazy regularisation: Karras et al. 2020, section 3.1)
 
@@ -30,9 +29,8 @@ class GANLoss(NamedTuple):
     """The losses, from logits [B] of real and generated images; the discriminator's normalisation; its gradient penalty."""
 
     discriminator: Callable[[Tensor, Tensor], Tensor]  # (real, fake) -> scalar
-    mismatch: Callable[
-        [Tensor, Tensor], Tensor
-    ]  # (real, real with a wrong label) -> scalar (GAN-CLS: Reed et al. 2016, 4.2)
+    # (real, real with a wrong label) -> what the discriminator's loss gains (GAN-CLS: Reed et al. 2016, section 4.2)
+    mismatch: Callable[[Tensor, Tensor], Tensor]
     generator: Callable[[Tensor | None, Tensor], Tensor]  # (real if paired else None, fake) -> scalar
     norm: str
     penalty: float  # weight gamma of R1 + R2
@@ -74,7 +72,7 @@ class GANStep:
     """One update of the discriminator, then one of the generator, with the same batch and noise.
 
     A call takes images [B, 1, 28, 28] in [-1, 1] and labels int64 [B]. It returns `loss_d` and `loss_g`, scalars on the
-    device, nan where the guard skipped an update. `optimizers` are called `generator` and `discriminator`.
+    device, nan where the guard skipped an update. `optimizers` has the keys `generator` and `discriminator`.
     """
 
     def __init__(
@@ -97,7 +95,7 @@ class GANStep:
         self.conditional = generator.config.num_classes > 0
         self.rng = torch.Generator(next(generator.parameters()).device)
         self.guard = Guard(generator, discriminator)
-        self.graph = CUDAGraph(self.update, self.rng, optimizers)
+        self.graph = RecordedUpdate(self.update, self.rng, optimizers)
 
     def __call__(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         reseeded(self.rng, self.seed, "noise", self.state.step)
@@ -105,7 +103,7 @@ class GANStep:
         return self.graph(images, labels, variant=penalised)
 
     def update(self, images: Tensor, labels: Tensor, penalised: bool) -> dict[str, Tensor]:
-        """Both updates, by this process's rows of the batch. `penalised`: with gradient penalties."""
+        """Both updates, on this process's rows of the batch. `penalised`: with gradient penalties."""
         rows = distributed.share(len(images))
         z = torch.randn(len(images), self.generator.config.latent_dim, generator=self.rng, device=images.device)[rows]
         right_and_wrong = self._with_wrong_labels(labels)[:, rows] if self.conditional else None  # [2, B]
@@ -135,19 +133,19 @@ class GANStep:
         optimizer = self.optimizers["discriminator"]
         optimizer.zero_grad()
         loss_d.backward()
-        loss_d = average_gradients(loss_d, optimizer)
-        loss_d = self.guard.step(loss_d, gradient_norm(optimizer), optimizer)
+        loss_d = average_over_processes(loss_d, optimizer)
+        loss_d = self.guard.step(loss_d, gradient_norm(optimizer), optimizer)  # optimizer.step(), if both are finite
 
         # Generator: forward, loss, backward, step
-        self.discriminator.requires_grad_(False)  # its weight gradients are not needed: a third of its backward pass
+        self.discriminator.requires_grad_(False)  # saves a third of its backward pass
         with autocast(images.device, self.precision):
             paired_logit = self.discriminator(real, own_labels) if self.loss.paired else None
             loss_g = self.loss.generator(paired_logit, self.discriminator(fake, own_labels))
         optimizer = self.optimizers["generator"]
         optimizer.zero_grad()
         loss_g.backward()
-        loss_g = average_gradients(loss_g, optimizer)
-        loss_g = self.guard.step(loss_g, gradient_norm(optimizer), optimizer)
+        loss_g = average_over_processes(loss_g, optimizer)
+        loss_g = self.guard.step(loss_g, gradient_norm(optimizer), optimizer)  # optimizer.step(), if both are finite
 
         self.guard.restore()
         return {"loss_d": loss_d, "loss_g": loss_g}

@@ -1,4 +1,4 @@
-"""Resuming: read the state that a run left, and refuse one that this code would not have saved.
+"""Resuming: read the state of a saved run, and refuse one that does not fit.
 
 The file may be damaged, or come from somewhere else. So everything is checked before anything of the run changes.
 `ValueError` names what does not fit. In a fused optimizer, a tensor of the wrong shape would read and write beyond its
@@ -73,7 +73,7 @@ def adopt_flags(args: argparse.Namespace, saved: dict[str, Any]) -> None:
 
 
 def adopt_state(state: TrainState, saved: dict[str, Any], batches_per_epoch: int, batch_size: int) -> None:
-    """Set `state` to the position of the resumed run, whose epochs have so many batches of so many images.
+    """Set `state` to the position of the resumed run. An epoch has `batches_per_epoch` batches of `batch_size` images.
 
     Raises:
         ValueError: such a run cannot have this position.
@@ -116,7 +116,7 @@ def restore(parts: dict[str, Any], saved: dict[str, Any]) -> None:
     """Give networks, optimizers and callbacks their saved state.
 
     Raises:
-        ValueError, TypeError, KeyError, RuntimeError: a part is missing, or would have saved something else.
+        ValueError, TypeError, KeyError, RuntimeError: a part is missing, or has other content.
     """
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):

@@ -42,7 +42,7 @@ class Run:
 
     Raises:
         UsageError: a batch size larger than the data set, or flags that contradict the resumed run.
-        ExpectedError: bad data or device; nothing to resume, or a file that such a run does not leave.
+        ExpectedError: bad data or device; nothing to resume, or a file that is no saved run.
     """
 
     def __init__(self, args: argparse.Namespace, prefix: str, title: str, slow_sampling: bool = False):
@@ -79,7 +79,7 @@ class Run:
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
-        """Refuse, in one line, a file of the run to resume whose content does not fit."""
+        """Report a saved run that does not fit as one error line."""
         try:
             yield
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:

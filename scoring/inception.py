@@ -40,9 +40,8 @@ class InceptionExtractor:
 
         path = Path(weights) if weights else canonical_weights()
         try:
-            with mock.patch.dict(
-                os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"
-            ):  # torch-fidelity would run code from the file
+            # Without this variable, torch-fidelity would run code from the file
+            with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
                 network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
         except Exception as error:  # a damaged or hostile file can make the reader raise anything
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -132,7 +132,7 @@ def write_statistics(extractor: Extractor, data_dir: str | os.PathLike[str], pat
         floors = {n: floor(train_features, train.labels, n, reference) for n in FLOOR_SIZES}
         return {
             "whole": _on_cpu(statistics.whole),
-            "classes": [_on_cpu(gaussian) for gaussian in statistics.classes if gaussian],
+            "classes": [_on_cpu(gaussian) for gaussian in statistics.classes],
             "floors": {n: (tuple(fid), class_fids) for n, (fid, class_fids) in floors.items()},
         }
 
@@ -147,5 +147,7 @@ def write_statistics(extractor: Extractor, data_dir: str | os.PathLike[str], pat
     )
 
 
-def _on_cpu(gaussian: Gaussian) -> tuple[Tensor, Tensor, int]:
+def _on_cpu(gaussian: Gaussian | None) -> tuple[Tensor, Tensor, int]:
+    if gaussian is None:
+        raise ValueError("a class has fewer than two digits, and so no statistics")
     return gaussian.mean.cpu(), gaussian.covariance.cpu(), gaussian.n

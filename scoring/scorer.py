@@ -25,26 +25,28 @@ DIGIT_SHARE = 0.01  # of the samples: a digit counts as drawn from this share on
 
 
 class Core(NamedTuple):
-    """The figures that the monitor and evaluate.py have in common. `label_accuracy` is nan without labels."""
+    """The figures that the monitor and evaluate.py have in common. `label_accuracy` is None without labels."""
 
     fid: float
     inception: metrics.Estimate
-    label_accuracy: float
+    label_accuracy: float | None
 
 
 def core_figures(
-    features: Tensor, probabilities: Tensor, real: metrics.Gaussian, seed: int, labels: Tensor | None = None
+    fake: metrics.Gaussian, real: metrics.Gaussian, probabilities: Tensor, seed: int, labels: Tensor | None = None
 ) -> Core:
-    """FID to `real`, inception score and label accuracy of features [N, D] and probabilities [N, K].
+    """FID, inception score and label accuracy of samples.
 
     Args:
+        fake, real: Gaussians of the features of samples and of real digits.
+        probabilities: class probabilities [N, K] of the samples.
         seed: of the inception score's splits.
         labels: int64 [N], the classes that the samples should show.
     """
     return Core(
-        fid=metrics.frechet_distance(metrics.gaussian(features), real),
+        fid=metrics.frechet_distance(fake, real),
         inception=metrics.inception_score(probabilities, keyed_generator("cpu", seed, "splits")),
-        label_accuracy=float("nan") if labels is None else metrics.label_accuracy(probabilities, labels.to(features.device)),
+        label_accuracy=None if labels is None else metrics.label_accuracy(probabilities, labels.to(probabilities.device)),
     )
 
 
@@ -84,8 +86,8 @@ class Scorer:
         rng = keyed_generator("cpu", self.seed, "scoring")
         samples = distributed.sample(generator, self.n, self.labels, rng, **self.options)
         features, probabilities = self.extractor(to_uint8(samples))
-        real = self.reference.statistics.whole
-        core = core_figures(features, probabilities, real, self.seed, self.labels)
+        fake, real = metrics.gaussian(features), self.reference.statistics.whole
+        core = core_figures(fake, real, probabilities, self.seed, self.labels)
         shares = probabilities.argmax(1).bincount(minlength=NUM_CLASSES) / self.n
         figures = {
             "fid": core.fid,
@@ -93,9 +95,9 @@ class Scorer:
             "is": core.inception.mean,
             "is_std": core.inception.std,
             "digits": int((shares >= DIGIT_SHARE).sum()),
-            "variety": metrics.variety(metrics.gaussian(features), real),
+            "variety": metrics.variety(fake, real),
         }
-        if self.labels is None:
+        if self.labels is None or core.label_accuracy is None:
             return figures
         return figures | {"label_accuracy": core.label_accuracy, **self._digit_ratios(features, self.labels)}
 
@@ -180,10 +182,9 @@ class FullScorer:
 
     def own_figures(self) -> dict[str, float]:
         """Inception score and label accuracy of the reference digits themselves."""
-        core = core_figures(self.features, self.probabilities, self.statistics, 0, self.labels)
-        figures = {"is": core.inception.mean}
+        figures = {"is": metrics.inception_score(self.probabilities, keyed_generator("cpu", 0, "splits")).mean}
         if self.extractor.knows_digits:
-            figures["label_accuracy"] = core.label_accuracy
+            figures["label_accuracy"] = metrics.label_accuracy(self.probabilities, self.labels)
         return figures
 
     def score(
@@ -196,7 +197,9 @@ class FullScorer:
             memorised: False leaves out the distances to training digits, which say nothing about training digits.
         """
         features, probabilities = self.extractor(images)
-        core = core_figures(features, probabilities, self.statistics, seed, labels)
+        if not self.extractor.knows_digits:
+            labels = None
+        core = core_figures(metrics.gaussian(features), self.statistics, probabilities, seed, labels)
         scores = {
             "fid": core.fid,
             "kid": metrics.kernel_distance(self.features, features, keyed_generator("cpu", seed, "kid")).mean,
@@ -208,7 +211,7 @@ class FullScorer:
             distances, _ = metrics.nearest_neighbours(images, self.train_images)
             found = metrics.memorisation(distances, self.test_distances)
             scores |= {f"nearest_{name}": value for name, value in found._asdict().items()}
-        if labels is None or not self.extractor.knows_digits:
+        if labels is None or core.label_accuracy is None:
             return scores, []
         scores["label_accuracy"] = core.label_accuracy
         labels = labels.to(features.device)

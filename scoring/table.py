@@ -26,6 +26,7 @@ class Job:
 
     name: str
     path: str
+    sha256: str  # of the file, when it was loaded
     generator: Any
     with_labels: bool
     options: dict[str, Any]
@@ -44,7 +45,7 @@ class Job:
     def description(self) -> dict[str, Any]:
         """The columns behind the figures: options of sampling, size of the network, its file and the file's hash."""
         parameters = sum(parameter.numel() for parameter in self.generator.parameters())
-        return {**self.sampling, "parameters": parameters, "checkpoint": self.path, "sha256": file_sha256(self.path)}
+        return {**self.sampling, "parameters": parameters, "checkpoint": self.path, "sha256": self.sha256}
 
     @property
     def evaluations(self) -> int:
@@ -81,13 +82,13 @@ def plan(generators: dict[str, Any], options: dict[str, dict[str, Any]]) -> list
     """
     jobs = []
     for path, generator in generators.items():
-        name, classes = generator.model_name, generator.config.num_classes
+        name, classes, sha256 = generator.model_name, generator.config.num_classes, file_sha256(path)
         if classes not in (0, NUM_CLASSES):
             raise ExpectedError(f"{path} has {classes} classes, and the test set {NUM_CLASSES}; leave it out")
         if generator.SAMPLE_OPTIONS and classes:
-            jobs.append(Job(name, path, generator, False, options[path]))
+            jobs.append(Job(name, path, sha256, generator, False, options[path]))
             name += ", by digit"
-        jobs.append(Job(name, path, generator, classes > 0, options[path]))
+        jobs.append(Job(name, path, sha256, generator, classes > 0, options[path]))
     return sorted(jobs, key=lambda job: job.with_labels)
 
 

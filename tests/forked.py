@@ -14,6 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 120.0
 SERVER = multiprocessing.get_context("forkserver")
@@ -67,6 +69,7 @@ def _main(command: list[str], env: dict[str, str], cwd: str, files: list[str]) -
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or torch.get_num_threads()))  # torch has read the server's already
     sys.argv = command
     sys.path.insert(0, str(ROOT))
     runpy.run_path(str(ROOT / command[0]), run_name="__main__")

@@ -55,30 +55,49 @@ def test_every_relative_link_leads_somewhere(page):
         assert not anchor or anchor in anchors(path), target
 
 
+COMMAND = re.compile(r"(\w+=\S+ )?(python|torchrun \S+) (-- )?[\w/]+\.py")
+
+
 def commands(page: Path) -> list[str]:
     """The command lines of the project's scripts in a page, with their continuation lines joined."""
     text = page.read_text()
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    inline = re.findall(r"`(python \w+\.py[^`]*)`", text)
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [
-        line for line in [*lines, *inline] if re.match(r"(python|torchrun \S+) (-- )?\w+\.py", line) and "..." not in line
-    ]
+    inline = re.findall(r"`(python [\w/]+\.py[^`]*)`", text)
+    return [line for line in [*lines, *inline] if COMMAND.match(line) and "..." not in line]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_ids)
-def test_every_command_in_a_page_is_accepted_by_its_script(page, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_every_command_in_a_page_is_accepted_by_its_script(page):
     for line in commands(page):
         words = shlex.split(line)
         place = next(i for i, word in enumerate(words) if word.endswith(".py"))
-        script = runpy.run_path(str(ROOT / words[place]))
+        if words[place].startswith("benchmarks/"):
+            assert_benchmark_accepts(words[place], words[place + 1 :])
+            continue
         try:
-            script["parse_args"](words[place + 1 :])
+            runpy.run_path(str(ROOT / words[place]))["parse_args"](words[place + 1 :])
         except SystemExit as stop:
             assert stop.code == 0, line  # --help
         except UsageError as error:
             pytest.fail(f"{line}: {error}")
+
+
+def assert_benchmark_accepts(script: str, args: list[str]) -> None:
+    """The flags of the command stand in the source of the benchmark, or of what it shares with the others."""
+    source = "".join((ROOT / "benchmarks" / name).read_text() for name in (Path(script).name, "timing.py"))
+    for flag in (arg for arg in args if arg.startswith("--")):
+        assert f'"{flag}"' in source, (script, flag)
+
+
+def test_the_main_pages_have_commands():
+    for name in ("README.md", "README.pt-BR.md", "docs/results.md", "docs/faq.md"):
+        assert len(commands(ROOT / name)) > 5, name
+
+
+def test_no_placeholder_is_left():
+    for page in PAGES:
+        assert not re.search(r"<!-- measure|\b(DEMO|FIRST|LAPTOP)_[A-Z]+", page.read_text()), page
 
 
 def test_the_readme_in_portuguese_has_the_same_structure():
@@ -143,7 +162,7 @@ def figures(measured) -> dict[str, object]:
     }
 
 
-# The sentences with figures, as they must stand in the pages. When a figure changes, its sentence is wrong, and the test fails.
+# The sentences with figures, as they must stand in the pages. When a figure changes, the test of its sentence fails.
 QUOTED = {
     "docs/results.md": [
         "with guidance scale {labelled.guidance}, like",
@@ -152,12 +171,12 @@ QUOTED = {
         "Recall is nearly equal: {ddpm.recall:.3f} and {dcgan.recall:.3f}. Real digits reach {floor.recall:.3f}.",
         "the same FID ratio, {labelled.fid_ratio:.1f}.",
         "the same FID ratio, {cdcgan.fid_ratio:.1f}.",
-        "The classifier reads {labelled.label_accuracy:.2f} % of the DDPM's digits as they were chosen, and "
+        "The classifier reads {labelled.label_accuracy:.2f} % of the DDPM's samples as the chosen digit, and "
         "{cdcgan.label_accuracy:.2f} % of the conditional DCGAN's.",
         "It reads {test.label_accuracy:.2f} % of the real test digits",
         "its recall is {labelled.recall:.3f} against {cdcgan.recall:.3f}.",
         "of the DDPM is the {weakest_labelled.digit}, with a FID ratio of {weakest_labelled.fid_ratio:.1f}.",
-        "of the conditional DCGAN is the {weakest_cdcgan.digit}, with {weakest_cdcgan.fid_ratio:.1f}.",
+        "of the conditional DCGAN is the {weakest_cdcgan.digit}, with a FID ratio of {weakest_cdcgan.fid_ratio:.1f}.",
         "The DDPM takes {ddpm.evaluations:.0f} unconditional, and {labelled.evaluations:.0f} with guidance",
         "the DCGAN in {dcgan.dtype} draws {speed:.0f} times as many images a second as the DDPM in {ddpm.dtype}.",
         "took {minutes.dcgan:.1f} minutes (DCGAN), {minutes.cdcgan:.1f} minutes (conditional DCGAN) and "
@@ -167,21 +186,22 @@ QUOTED = {
         "15 steps of DDIM have {ddim.mean:.1f} ± {ddim.std:.1f}, and 100 steps of ancestral sampling "
         "{ancestral.mean:.1f} ± {ancestral.std:.1f}.",
         "These ratios are of 1,000 samples",
-        "Of new real digits, 1 % are nearer",
-        "it is {dcgan.nearest_share_close:.2f} % (DCGAN), {ddpm.nearest_share_close:.2f} % (DDPM, unconditional), "
+        "The smallest 1 % of these distances",
+        "are below it: {dcgan.nearest_share_close:.2f} % (DCGAN), {ddpm.nearest_share_close:.2f} % (DDPM, unconditional), "
         "{cdcgan.nearest_share_close:.2f} % (conditional DCGAN) and "
         "{labelled.nearest_share_close:.2f} % (DDPM, class-conditional).",
-        "the median distance is {ddpm.nearest_median_ratio:.2f} times theirs. But its first percentile is "
+        "of the unconditional DDPM is {ddpm.nearest_median_ratio:.2f} times that of test digits. But its first percentile "
+        "is "
         "{ddpm.nearest_percentile_ratio:.2f} times theirs",
-        "a standard error of {floor_error:.2f} %",
+        "is uncertain by {floor_error:.2f} % (standard error)",
         "the inception score of real digits down to {cut:.2f}.",
         "raises the DCGAN's FID from {plain_gan:.1f} to {blind_gan:.0f}.",
         "raises the DDPM's FID from {plain_ddpm:.1f} to {wrong_schedule:.0f} or more.",
     ],
     "README.md": [
         "its FID ratio is {ddpm.fid_ratio:.1f}, the DCGAN's is {dcgan.fid_ratio:.1f}.",
-        "They are level at {labelled.fid_ratio:.1f}.",
-        "They are level at {cdcgan.fid_ratio:.1f}.",
+        "They are equal at {labelled.fid_ratio:.1f}.",
+        "They are equal at {cdcgan.fid_ratio:.1f}.",
         "{ddpm.evaluations:.0f} to {labelled.evaluations:.0f} network evaluations of an image",
     ],
 }
@@ -234,10 +254,10 @@ def test_one_line_sets_the_address_of_the_repository(measured, tmp_path):
     for name in ("README.md", "README.pt-BR.md", "docs/results.md", "CITATION.cff", "notebooks/gan_versus_diffusion.ipynb"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    line = "# repository-code: https://github.com/OWNER/REPOSITORY"
-    citation = (tmp_path / "CITATION.cff").read_text()
-    assert line in citation
-    (tmp_path / "CITATION.cff").write_text(citation.replace(line, "repository-code: https://github.com/ada/digits"))
+    pattern, citation = r"^(# )?repository-code: .*$", (tmp_path / "CITATION.cff").read_text()
+    changed = re.sub(pattern, "repository-code: https://github.com/ada/digits", citation, flags=re.MULTILINE)
+    assert changed != citation
+    (tmp_path / "CITATION.cff").write_text(changed)
     runpy.run_path(str(ROOT / "report.py"))["write_tables"](tmp_path / "README.md", measured)
     colab = "https://colab.research.google.com/github/ada/digits/blob/main/notebooks/gan_versus_diffusion.ipynb"
     assert colab in (tmp_path / "README.md").read_text()
@@ -274,8 +294,8 @@ def requirements(name: str) -> dict[str, Requirement]:
 def test_every_requirement_admits_its_exact_version():
     exact = requirements("constraints.txt")
     for name, requirement in (requirements("requirements.txt") | requirements("requirements-dev.txt")).items():
-        if name == "ruff":
-            continue  # exact already: its format is part of the code
+        if "==" in str(requirement):
+            continue  # exact already
         (version,) = (specifier.version for specifier in exact[name].specifier)
         assert requirement.specifier.contains(version), name
 

@@ -9,7 +9,7 @@ import torch
 from test_models import small
 from torch import nn
 
-from engine.guard import Guard, average_gradients, clip_gradients, gradient_norm
+from engine.guard import Guard, average_over_processes, clip_gradients, gradient_norm
 from loop import TrainState
 from recipes.ddpm import DiffusionStep, make_optimizers
 from recipes.gan import LOSSES, GANStep
@@ -87,7 +87,7 @@ def update(guard: Guard, loss: torch.Tensor, optimizer: torch.optim.Optimizer, m
     """One update, as the recipes write it."""
     optimizer.zero_grad()
     loss.backward()
-    loss = average_gradients(loss, optimizer)
+    loss = average_over_processes(loss, optimizer)
     norm = clip_gradients(max_norm, optimizer) if max_norm else gradient_norm(optimizer)
     return guard.step(loss, norm, optimizer)
 

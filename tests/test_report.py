@@ -180,6 +180,7 @@ def test_the_results_page_has_every_figure(drawn):
             "gan_training_log.csv",
         ),
         (lambda folder: replace_once(folder / "reports" / "samplers.csv", ",cpu,", ",cuda,"), "more than one protocol"),
+        (lambda folder: replace_once(folder / "reports" / "ablation.csv", ",cpu,", ",cuda,"), "ablation.csv holds more"),
         (lambda folder: replace_once(folder / "reports" / "samplers.csv", "\n", "\n0"), "another checkpoint"),
         (lambda folder: other_gan(folder), "evaluate.py again"),
         (lambda folder: (folder / "reports" / "metrics.json").write_text("5"), "evaluate.py"),
@@ -201,13 +202,18 @@ def test_missing_figures_are_named_with_their_command(report, tmp_path):
     assert "run evaluate.py first" in error_line(err)
 
 
-def test_a_readme_without_marks_is_refused(report, folder, tmp_path, monkeypatch):
+def test_a_page_without_marks_is_refused_before_any_is_rewritten(report, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cdist", lambda a, b: torch.zeros(len(a), len(b)))
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "README.md").write_text("no marks")
-    code, _, err = report(readme=tmp_path / "README.md")
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "README.md").write_text(
+        "".join(f"<!-- {p}: written by report.py -->older<!-- end of {p} -->" for p in PARTS["README.md"])
+    )
+    (copy / "docs" / "results.md").write_text(CONCLUSION)
+    code, _, err = report(reports=copy / "reports", samples=copy / "samples", readme=copy / "README.md")
     assert code == 1
-    assert "has no part between <!-- overview" in error_line(err)
+    assert "has no part between <!-- results" in error_line(err)
+    assert "older" in (copy / "README.md").read_text()
 
 
 def test_a_full_disk_keeps_the_page(report, folder, tmp_path, monkeypatch):

@@ -80,9 +80,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_file(call, whole_r
     """The run ends at a loss that is nan. When it is resumed from its last good state, it gives the files of a whole run."""
     calls, step = [], Guard.step
 
-    def poisoned(self, loss, *args):
+    def poisoned(self, loss, norm, *optimizers):
         calls.append(1)
-        return step(self, loss * math.nan if len(calls) == call else loss, *args)
+        if len(calls) == call:  # as if the loss had been nan before its backward pass
+            loss, norm = loss * math.nan, norm * math.nan
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                for parameter in group["params"]:
+                    parameter.grad.fill_(math.nan)
+        return step(self, loss, norm, *optimizers)
 
     with monkeypatch.context() as patch:
         patch.setattr(Guard, "step", poisoned)

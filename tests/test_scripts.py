@@ -282,7 +282,7 @@ def test_a_training_without_mnist_and_mirrors_fails_with_1(run, tmp_path, monkey
 def test_a_training_that_cannot_start_exits_with_2_and_writes_no_checkpoint(script, args, reason, run, tmp_path):
     code, _, err = run(script, "--dataset", "digits", *args, "--out-dir", tmp_path)
     assert code == 2
-    assert reason in err.strip().splitlines()[-1]
+    assert reason in error_line(err)
     assert not list(tmp_path.rglob("*.pt"))
 
 

@@ -200,3 +200,11 @@ def test_the_figures_are_those_of_the_shipped_checkpoints():
     best = file_sha256(CHECKPOINTS / "best_DIFF.pt")[:16]
     assert {row["checkpoint"] for row in read_csv("samplers.csv")} == {best}
     assert {row["checkpoint"] for row in read_csv("pitfalls.csv") if row["model"] == "DDPM"} == {best}
+
+
+PICTURES = [*(f"{title}_progress.gif" for title in EXPORTS), "infer_side_by_side.png", "diffusion_denoising.gif"]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_shipped_picture_is_not_blank(name):
+    assert (ROOT / "samples" / name).stat().st_size > 10_000

@@ -55,6 +55,10 @@ ALLOWED = {
 }
 
 
+# Files that import nothing else of the project, so that they can be read, and used, alone
+LEAVES = ["files", "diffusion/options", "diffusion/process", "engine/safe_archive", "engine/muon", "scoring/metrics"]
+
+
 def files_of(room: str) -> list[Path]:
     folder = ROOT / room
     return sorted(folder.glob("*.py")) if folder.is_dir() else [ROOT / f"{room}.py"]
@@ -113,6 +117,12 @@ def test_the_files_of_a_folder_have_no_cycle(folder):
 def test_no_file_imports_a_script():
     for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in files_of(folder))]:
         assert {module.partition(".")[0] for module in imports(path)} & set(SCRIPTS) == set(), path.name
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_leaf_imports_nothing_of_the_project(leaf):
+    modules = {module.partition(".")[0] for module in imports(ROOT / f"{leaf}.py")}
+    assert not modules & {*ALLOWED, *SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
