@@ -18,7 +18,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from engine.safe_archive import check_archive
-from files import ExpectedError, atomic_path, say
+from files import ExpectedError, atomic_path, cannot_read, expanded, say
 from models import build
 
 FORMAT = 1
@@ -33,7 +33,7 @@ def save_model(path: str | os.PathLike[str], name: str, model: Any, meta: dict[s
     Args:
         name: the model's name in the registry.
         meta: primitives to store beside the weights: epoch, metrics, flags, versions.
-        half: store floating-point weights in float16.
+        half: store floating-point weights in float16, where they fit.
 
     Raises:
         ExpectedError: a weight is not finite, or the file cannot be written. The old file is kept.
@@ -41,9 +41,10 @@ def save_model(path: str | os.PathLike[str], name: str, model: Any, meta: dict[s
     weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     for key, value in weights.items():
         if value.is_floating_point():
-            weights[key] = value.half() if half else value
-            if not torch.isfinite(weights[key]).all():
+            if not torch.isfinite(value).all():
                 raise ExpectedError(f"weight {key!r} of {name} is not finite, so {path} was not written; lower --lr")
+            if half and torch.isfinite(value.half()).all():  # a number above 65,504 needs more than float16
+                weights[key] = value.half()
     config = {field: getattr(model.config, field) for field in model.config.__dataclass_fields__}
     content = {"format": FORMAT, "model": name, "config": config, "weights": weights, "meta": meta}
     write_tensors(path, content)
@@ -66,6 +67,10 @@ def load_generator(path: str | os.PathLike[str], device: torch.device | str = "c
 def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Any:
     """Any model of the registry, in eval mode on `device`, in float32. Errors as for `load_generator`."""
     content = read_tensors(path, MAX_MODEL_BYTES)
+    if type(training := content.get("training")) is str:
+        raise ExpectedError(
+            f"{path} is the state of a training, for --resume; give its model, {_models_beside(path, training)}"
+        )
     if not has_format(content, {"model", "config", "weights", "meta"}):
         raise ExpectedError(f"{path} is not a model checkpoint of format {FORMAT}; it may be another program's")
     name, config, weights = content["model"], content["config"], content["weights"]
@@ -80,6 +85,12 @@ def load_model(path: str | os.PathLike[str], device: torch.device | str = "cpu")
         raise ExpectedError(f"{path} does not fit its model ({error}); train or download it again") from error
     model.model_name, model.meta = name, content["meta"]
     return model.to(device).eval()
+
+
+def _models_beside(path: str | os.PathLike[str], training: str) -> str:
+    """The best model of a training state: the file that is there, or its name."""
+    files = (expanded(path).parent / f"best_{training[:20]}{suffix}.pt" for suffix in ("_G", ""))
+    return next((str(file) for file in files if file.is_file()), "a best_….pt")
 
 
 def write_tensors(path: str | os.PathLike[str], content: dict) -> None:
@@ -105,15 +116,16 @@ def read_tensors(path: str | os.PathLike[str], max_bytes: int = MAX_TRAINING_BYT
     Raises:
         ExpectedError: the file is missing, damaged, too large, or holds anything but a dict of tensors and primitives.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ExpectedError(f"{path} does not exist (or is no file); train the model first, or give another path")
+    path = expanded(path)
     try:
+        if not path.is_file():
+            raise ExpectedError(f"{path} does not exist (or is no file); train the model first, or give another path")
         check_archive(path, max_bytes)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except ExpectedError:
+        raise
     except Exception as error:  # a damaged or hostile file can make the reader raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExpectedError(f"{path} is damaged or no checkpoint ({reason}); train or download it again") from error
+        raise cannot_read(path, error, "is damaged or no checkpoint ({reason}); train or download it again") from error
     if not isinstance(content, dict):
         raise ExpectedError(f"{path} is no checkpoint of this project: it holds a {type(content).__name__}")
     return content
@@ -135,7 +147,7 @@ def keep_previous(path: Path) -> None:
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(expanded(path).read_bytes()).hexdigest()
 
 
 class _NoInitialisation(TorchFunctionMode):

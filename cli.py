@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from diffusion.options import (
@@ -26,7 +26,7 @@ from diffusion.options import (
     UNCONDITIONAL_ETA,
     SamplingOptions,
 )
-from files import ExpectedError, Interrupted, UsageError, is_first, is_out_of_memory
+from files import ExpectedError, Interrupted, UsageError, expanded, is_first, is_out_of_memory, processes, stop_signals
 
 # --------------------------------------------------------------------------------------------------------------------
 # Exit codes
@@ -38,30 +38,96 @@ SPINS = "10000"
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 2, 130, 143."""
+    """Run a script's `main` and turn expected failures into the documented exit codes: 0, 1, 2, 129, 130, 143."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # torch reads it at its first import, which comes later
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
-    try:
+    with _unbreakable_streams(), _interruptible():
         code = _exit_code(main)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if _are_several():
         # A thread of gloo may still hold a tensor. To free it, it needs the interpreter, which is gone by then: it aborts.
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-            sys.stderr.flush()
         os._exit(code)
     if code:
         sys.exit(code)
 
 
+def _are_several() -> bool:
+    try:
+        return processes().total > 1
+    except UsageError:  # contradictory variables: nothing has been started
+        return False
+
+
+@contextlib.contextmanager
+def _unbreakable_streams() -> Iterator[None]:
+    """Let the work go on, whatever happens to stdout and stderr: closed, no reader any more, a full disk."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed ones: else a file of ours would get the number
+        pass
+    os.close(descriptor)
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Unbreakable(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+class _Unbreakable:
+    """A stream for text that swallows what it cannot write."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream if stream is not None else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")  # a path may hold any bytes
+
+    def write(self, text: str) -> int:
+        try:
+            self._tried(self._stream.write, text)
+        except UnicodeEncodeError:  # a stream without `reconfigure`
+            self._tried(self._stream.write, text.encode("ascii", "backslashreplace").decode())
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, call: Callable[..., Any], *args: Any) -> None:
+        try:
+            call(*args)
+        except UnicodeEncodeError:
+            raise
+        except (OSError, ValueError):  # ValueError: it is closed
+            self._close()
+
+    def _close(self) -> None:
+        """Write nowhere from now on. The descriptor itself is redirected, for what the buffer still holds."""
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        try:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        except (OSError, ValueError, AttributeError):  # it has no descriptor: a stream of a notebook, or a closed one
+            self._stream = nowhere
+        else:
+            nowhere.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn the signals that ask to stop into `Interrupted`. SIGINT is Python's KeyboardInterrupt already."""
+    previous = {signum: signal.signal(signum, _interrupt) for signum in stop_signals() if signum != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
 def _exit_code(main: Callable[[], None]) -> int:
     """Run `main`. Returns the exit code, after one line that gives the reason if it is not 0."""
     try:
+        processes()  # refuse contradictory variables of torchrun before any work
         main()
     except (ExpectedError, OSError) as error:  # OSError: a full disk, a missing permission; the message names the file
         return _error_line(error)
@@ -144,10 +210,16 @@ def _number(kind: type, accept: Callable[[Any], bool], wanted: str) -> Callable[
     return parse
 
 
+def expanded_path(text: str) -> str:
+    """argparse type: a path, with `~` expanded (a shell leaves it alone in --flag=~/folder)."""
+    return str(expanded(text))
+
+
 SEED = integer(0, 2**63 - 1)  # what torch accepts
 LEARNING_RATE = number("(0, 1]")  # Adam moves a weight by about as much in a step
 ETA = number(f"[0, {max(MAX_ETA.values()):g}]")
 GUIDANCE = number(f"[0, {MAX_GUIDANCE}]")
+OUT_DIR = ("--out-dir", "--outdir")  # every script takes both
 DATA_DIR_HELP = "where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)"
 DEVICE_HELP = "auto, cpu, cuda, cuda:1, ..."
 
@@ -221,7 +293,8 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     )
     flag("--save-every", type=integer(0), default=0, help="epochs between numbered checkpoints; 0: none")
     flag(
-        "--out-dir",
+        *OUT_DIR,
+        type=expanded_path,
         default=None,
         help="folder for checkpoints/, reports/ and samples/ (default: this one; runs/... with --dry-run, --limit or "
         "--dataset digits)",
@@ -229,7 +302,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     flag("--resume", action=switch, default=False, help="continue the last run (or that in --out-dir), with its flags")
 
     # Data
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag(
         "--dataset",
         choices=("mnist", "digits"),
@@ -304,7 +377,12 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
         default=0.4,
         help="share of a batch with the most noise, whose target is a mean of digits: less variance; 0: none",
     )
-    flag("--init", default=None, help="start from the weights of this diffusion checkpoint: fine-tuning")
+    flag(
+        "--init",
+        type=expanded_path,
+        default=None,
+        help="start from the weights of this diffusion checkpoint: fine-tuning",
+    )
     flag(
         "--muon-lr",
         type=number("[0, 1]"),
@@ -348,7 +426,7 @@ def parse_training_args(
     if typed.preset == "reference":
         parser.set_defaults(**(REFERENCE | reference))
     args = parser.parse_args(argv)
-    if args.eval_every > args.epochs:
+    if args.eval_every > args.epochs and not args.resume:  # a resumed run has its own number of epochs
         parser.error(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing would be scored")
     if args.lr_schedule == "plateau":
         if typed.warmup_steps:

@@ -7,11 +7,11 @@ reproducible, and a run can resume in the middle of an epoch.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import os
-import socket
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import ExpectedError, UsageError
+from files import ExpectedError, UsageError, cannot_read, expanded, network_timeout
 from utils import keyed_generator
 
 IMAGE_SIZE = 28
@@ -37,7 +37,6 @@ MNIST_FILES = {
         ("t10k-labels-idx1-ubyte", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
     ),
 }
-MIRROR_TIMEOUT = 30.0  # seconds without an answer before the next mirror is tried
 IMAGE_HEADER_BYTES, LABEL_HEADER_BYTES = 16, 8  # IDX: a magic number, then one big-endian uint32 per dimension
 
 
@@ -66,7 +65,7 @@ class Digits:
 
 def default_data_dir() -> str:
     """`$MNIST_DIR`, else `data`."""
-    return os.environ.get("MNIST_DIR") or "data"
+    return str(expanded(os.environ.get("MNIST_DIR") or "data"))
 
 
 def load_digits(
@@ -93,7 +92,7 @@ def load_digits(
         raise ValueError(f"split must be 'train' or 'test', not {split!r}")
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {name!r}")
-    images, labels = _read_mnist(Path(data_dir), split) if name == "mnist" else _read_embedded_digits(split)
+    images, labels = _read_mnist(expanded(data_dir), split) if name == "mnist" else _read_embedded_digits(split)
     digits = Digits(images.to(device), labels.to(device), name)
     if limit > len(digits):
         raise UsageError(f"--limit {limit} is more than the {len(digits)} digits of {name}; leave it out to use all")
@@ -102,7 +101,7 @@ def load_digits(
 
 def has_mnist(data_dir: str | os.PathLike[str]) -> bool:
     """Whether all four files are in `data_dir/MNIST/raw`, plain or gzipped. Loading checks their content."""
-    raw = Path(data_dir) / "MNIST" / "raw"
+    raw = expanded(data_dir) / "MNIST" / "raw"
     names = [name for files in MNIST_FILES.values() for name, _ in files]
     return all((raw / name).is_file() or (raw / f"{name}.gz").is_file() for name in names)
 
@@ -161,8 +160,8 @@ def _read_checked(path: Path, sha256: str) -> np.ndarray:
     source = path if path.is_file() else path.with_name(f"{path.name}.gz")
     try:
         content = bytearray(source.read_bytes() if source == path else gzip.decompress(source.read_bytes()))
-    except (OSError, EOFError, zlib.error) as error:
-        raise ExpectedError(f"cannot read {source} ({error}); delete it and run again to download it") from error
+    except (OSError, EOFError, MemoryError, zlib.error) as error:
+        raise cannot_read(source, error, "is damaged ({reason}); delete it and run again to download it") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise ExpectedError(f"{source} is not the published MNIST file (its SHA-256 differs); delete it and run again")
     return np.frombuffer(content, dtype=np.uint8)
@@ -172,18 +171,19 @@ def _download_mnist(data_dir: Path) -> None:
     """Let torchvision download the four files, from two mirrors and with progress, into `data_dir/MNIST/raw`."""
     from torchvision.datasets import MNIST  # a slow import, needed only here
 
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(MIRROR_TIMEOUT)  # torchvision sets none: a silent mirror would hang for ever
+    made = [folder for folder in (data_dir, data_dir / "MNIST", data_dir / "MNIST" / "raw") if not folder.exists()]
     try:
-        MNIST(str(data_dir), download=True)
+        with network_timeout():
+            MNIST(str(data_dir), download=True)
     except (OSError, RuntimeError) as error:
+        for folder in reversed(made):  # a failed download leaves nothing behind
+            with contextlib.suppress(OSError):  # it holds a file that did arrive
+                folder.rmdir()
         names = ", ".join(f"{name}.gz" for files in MNIST_FILES.values() for name, _ in files)
         raise ExpectedError(
             f"MNIST is not in {data_dir} and could not be downloaded ({error}); put {names} into "
             f"{data_dir / 'MNIST' / 'raw'}, or use --dataset digits, which needs no download"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def _read_embedded_digits(split: str) -> tuple[torch.Tensor, torch.Tensor]:

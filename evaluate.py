@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 from cli import (
     DATA_DIR_HELP,
     DEVICE_HELP,
+    OUT_DIR,
     SEED,
     ArgumentParser,
     add_sampling_flags,
+    expanded_path,
     integer,
     run_script,
     sampling_options,
 )
-from files import check_writable, is_first
+from files import check_outputs, find_default, is_first
 
 if TYPE_CHECKING:
     import torch
@@ -28,13 +30,20 @@ if TYPE_CHECKING:
     from scoring.table import Table
 
 MIN_SAMPLES = 200  # of ten digits, each of which needs more than the five neighbours of precision and recall
+TABLES = ("metrics.csv", "metrics_by_digit.csv", "metrics.json")
 SHIPPED = ["checkpoints/best_GAN_G.pt", "checkpoints/best_CGAN_G.pt", "checkpoints/best_DIFF.pt"]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--models", nargs="+", default=SHIPPED, help="generator checkpoints to score")
+    flag(
+        "--models",
+        nargs="+",
+        type=expanded_path,
+        default=None,
+        help="generator checkpoints to score (default: the shipped ones)",
+    )
     flag(
         "--n",
         type=integer(10, 10**6),
@@ -52,15 +61,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag(
         "--inception-weights",
-        type=Path,
+        type=expanded_path,
         default=None,
         help="file of its weights (default: the canonical ones, 91 MB, downloaded once)",
     )
     add_sampling_flags(parser)
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     flag(
-        "--out-dir",
+        *OUT_DIR,
+        type=expanded_path,
         default=None,
         help="folder for metrics.csv, metrics_by_digit.csv and metrics.json (default: reports; runs/reports if another "
         "flag of the protocol differs from its default)",
@@ -91,8 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     # Load the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
     distributed.join(device)
-    generators = {path: load_generator(path, device) for path in args.models}
-    check_writable(args.out_dir)
+    models = args.models or [find_default(model) for model in SHIPPED]
+    generators = {model: load_generator(model, device) for model in models}
+    check_outputs(*(("the table", args.out_dir / table, (".csv", ".json")) for table in TABLES))
     jobs = plan(generators, options_of(args, generators))
     extractor = load_extractor(args, device)
     data_dir = args.data_dir or data.default_data_dir()
@@ -137,8 +148,8 @@ def options_of(args: argparse.Namespace, generators: dict[str, Any]) -> dict[str
     """The options of `sample` of each generator. If none has any, a typed option is refused with `UsageError`."""
     none_has = not any(generator.SAMPLE_OPTIONS for generator in generators.values())
     return {
-        path: sampling_options(args, generator, path) if generator.SAMPLE_OPTIONS or none_has else {}
-        for path, generator in generators.items()
+        file: sampling_options(args, generator, file) if generator.SAMPLE_OPTIONS or none_has else {}
+        for file, generator in generators.items()
     }
 
 

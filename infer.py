@@ -12,11 +12,12 @@ from cli import (
     SEED,
     ArgumentParser,
     add_sampling_flags,
+    expanded_path,
     integer,
     run_script,
     sampling_options,
 )
-from files import UsageError
+from files import PICTURES, UsageError, check_outputs, find_default
 from utils import choose_device, keyed_generator
 
 if TYPE_CHECKING:
@@ -24,18 +25,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+GAN_MODEL, DIFF_MODEL = "checkpoints/best_GAN_G.pt", "checkpoints/best_DIFF.pt"
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--gan-model", default="checkpoints/best_GAN_G.pt", help="checkpoint of the GAN's generator")
-    flag("--diff-model", default="checkpoints/best_DIFF.pt", help="checkpoint of the diffusion model")
+    flag("--gan-model", type=expanded_path, default=None, help=f"checkpoint of the GAN's generator (default: {GAN_MODEL})")
+    flag("--diff-model", type=expanded_path, default=None, help=f"checkpoint of the diffusion model (default: {DIFF_MODEL})")
     flag("--n", type=integer(1, 1024), default=64, help="digits in a panel")
-    flag("--out", default="samples/infer_side_by_side.png", help="the picture to write")
-    flag("--denoising-gif", default=None, help="also write a GIF of the diffusion samples, from noise to digits")
+    flag(
+        "--out",
+        type=expanded_path,
+        default="samples/infer_side_by_side.png",
+        help="the picture to write: .png, .jpg or .pdf",
+    )
+    flag(
+        "--denoising-gif",
+        type=expanded_path,
+        default=None,
+        help="also write a GIF of the diffusion samples, from noise to digits",
+    )
     add_sampling_flags(parser, guidance=False)
     flag("--seed", type=SEED, default=0, help="seed of the noise and of the choice of real digits")
     flag("--device", default="auto", help=DEVICE_HELP)
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag(
         "--dataset",
         choices=("auto", "mnist", "digits"),
@@ -55,12 +69,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # Load
     device = choose_device(args.device)
+    args.gan_model = args.gan_model or find_default(GAN_MODEL)
+    args.diff_model = args.diff_model or find_default(DIFF_MODEL)
     gan, diffusion = (load_generator(path, device) for path in (args.gan_model, args.diff_model))
     options = sampling_options(args, diffusion, args.diff_model)
     if args.denoising_gif and "watch" not in diffusion.SAMPLE_OPTIONS:
         raise UsageError(
             f"{args.diff_model} holds a {diffusion.model_name}, which does not denoise; leave --denoising-gif out"
         )
+
+    check_outputs(("--out", args.out, PICTURES), ("--denoising-gif", args.denoising_gif, (".gif",)))
 
     # Real digits and samples, uint8 [n, 1, 28, 28] each
     title, real = real_digits(args)
@@ -88,10 +106,10 @@ def noise_source(args: argparse.Namespace) -> torch.Generator:
     return keyed_generator("cpu", args.seed, "infer")
 
 
-def describe(generator: Any, path: str) -> str:
+def describe(generator: Any, file: str) -> str:
     """The title of a generator's panel."""
     epoch = generator.meta.get("epoch")
-    return f"{generator.model_name}: {Path(path).stem}, epoch {epoch if type(epoch) is int else '?'}"
+    return f"{generator.model_name}: {Path(file).stem}, epoch {epoch if type(epoch) is int else '?'}"
 
 
 class Denoising:
@@ -110,7 +128,7 @@ class Denoising:
         if level == first:
             chunks.append(to_uint8(x))
 
-    def write(self, path: str, digits: Tensor) -> None:
+    def write(self, file: str, digits: Tensor) -> None:
         """Write the GIF of those stages and of the final `digits`, uint8 [n, 1, 28, 28]."""
         import torch
 
@@ -119,7 +137,7 @@ class Denoising:
         frames = [(f"t = {level.time}, noise {level.sigma:.2f}", torch.cat(chunks)) for level, chunks in self.kept.values()]
         frames.append(("digits", digits))
         pictures = [captioned(image_grid(images), caption) for caption, images in frames]
-        write_gif(path, torch.stack([torch.from_numpy(picture) for picture in pictures]), seconds=4.0)
+        write_gif(file, torch.stack([torch.from_numpy(picture) for picture in pictures]), seconds=4.0)
 
 
 def real_digits(args: argparse.Namespace) -> tuple[str, Tensor]:

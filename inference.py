@@ -6,13 +6,24 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import DEVICE_HELP, SEED, ArgumentParser, add_sampling_flags, integer, run_script, sampling_options
-from files import UsageError
+from cli import (
+    DEVICE_HELP,
+    OUT_DIR,
+    SEED,
+    ArgumentParser,
+    add_sampling_flags,
+    expanded_path,
+    integer,
+    run_script,
+    sampling_options,
+)
+from files import UsageError, check_writable, find_default
 from utils import choose_device, keyed_generator
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MODEL = "checkpoints/best_CGAN_G.pt"
 STRIP_COLUMNS = 20  # a longer strip goes on in a second row
 
 
@@ -28,10 +39,15 @@ def digit_choice(text: str) -> str | int:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--model", default="checkpoints/best_CGAN_G.pt", help="checkpoint of a class-conditional model")
+    flag("--model", type=expanded_path, default=None, help=f"checkpoint of a class-conditional model (default: {MODEL})")
     flag("--digit", type=digit_choice, nargs="+", default=["all"], help="digits to draw, such as 9, or 3 5 8, or all")
     flag("--samples", type=integer(1, 1024), default=10, help="samples of each digit")
-    flag("--outdir", default="digit_samples", help="folder for the pictures; those of the same name are replaced")
+    flag(
+        *reversed(OUT_DIR),
+        type=expanded_path,
+        default="digit_samples",
+        help="folder for the pictures; those of the same name are replaced",
+    )
     add_sampling_flags(parser)
     flag("--seed", type=SEED, default=0, help="seed of the noise; a digit looks the same whatever others are drawn")
     flag("--device", default="auto", help=DEVICE_HELP)
@@ -47,15 +63,18 @@ def main(argv: list[str] | None = None) -> None:
     from checkpoint import load_generator
     from figures.images import image_grid, write_png
 
+    args.model = args.model or find_default(MODEL)
     generator = load_generator(args.model, choose_device(args.device))
     options = sampling_options(args, generator, args.model)
+    digits = chosen_digits(args.digit, generator.config.num_classes, args.model)
     folder = Path(args.outdir)
-    for digit in chosen_digits(args.digit, generator.config.num_classes, args.model):
+    check_writable(folder)
+    for digit in digits:
         images = draw(generator, digit, args.samples, args.seed, options)
         for number, image in enumerate(images, start=1):
-            path = folder / f"digit_{digit}_{number:03d}.png"
-            write_png(path, image[0].numpy())
-            print(path)
+            picture = folder / f"digit_{digit}_{number:03d}.png"
+            write_png(picture, image[0].numpy())
+            print(picture)
         strip = folder / f"digit_{digit}.png"
         write_png(strip, image_grid(images, columns=min(args.samples, STRIP_COLUMNS)))
         print(strip)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from files import ExpectedError, Interrupted
+from files import ExpectedError, Interrupted, stop_signals
 
 
 @dataclasses.dataclass
@@ -150,9 +150,10 @@ def fit(
 
 
 class StopSignals:
-    """Delays SIGINT and SIGTERM until the training is at rest. Within `at_once()` they act immediately.
+    """Delays the signals that ask to stop until the training is at rest. Within `at_once()` they act immediately.
 
     A second SIGINT ends the process at once, even in a long step. A second SIGTERM, which some tools send, changes nothing.
+    Outside of the main thread, where no signal can be handled, nothing stops the training.
     """
 
     def __init__(self) -> None:
@@ -161,7 +162,7 @@ class StopSignals:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in stop_signals():
             self._previous[signum] = signal.signal(signum, self._handle)
         return self
 

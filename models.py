@@ -7,15 +7,16 @@ sampling needs no architecture flags. Every generator has `config.num_classes` a
 
 It samples in eval mode. Each network evaluation is a call of the generator itself, so that hooks can count them.
 
-    labels: int64 [n], the classes to draw. None: an unconditional model has none, the conditional DCGAN draws them
-        uniformly, and the DDPM samples its null class.
+    labels: integers [n], the classes to draw, in anything that `torch.as_tensor` takes; or one integer for all images.
+        None: an unconditional model has none, the conditional DCGAN draws them uniformly, the DDPM samples its null class.
     rng: CPU generator of all randomness. None: torch's global one.
     chunk_size: images in a forward pass. It bounds the memory and does not change the noise.
     rows: which of the n images to compute and return. An image is the same for every `rows`.
     options: those named in the class's `SAMPLE_OPTIONS`. A class that has any also has `sample_options(with_labels,
         **options)`, which fills in the defaults, and `evaluations(**options)`, the network evaluations of one image.
 
-`sample` raises `ValueError` for n below 1, labels of a wrong shape or class, and options out of their bounds.
+The network computes in its own dtype. `sample` raises `ValueError` for n below 1, labels of a wrong shape, type or class,
+and options out of their bounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from diffusion import process, samplers
 from diffusion.options import OPTION_NAMES, SamplingOptions
-from networks.checks import check_choice, check_int, check_request, evaluating
+from networks.checks import check_choice, check_int, checked_labels, evaluating
 from networks.classifier import ClassifierConfig, DigitClassifier
 from networks.unet import UNet
 from utils import autocast
@@ -143,15 +144,15 @@ class Generator(nn.Module):
     def sample(
         self,
         n: int,
-        labels: Tensor | None = None,
+        labels: Any = None,
         rng: torch.Generator | None = None,
         *,
         chunk_size: int = 500,
         rows: slice = slice(None),
     ) -> Tensor:
         """Draw `n` images, as described at the head of this file."""
-        check_request(n, labels, self.config.num_classes, chunk_size)
-        z = torch.randn(n, self.config.latent_dim, generator=rng)
+        labels = checked_labels(n, labels, self.config.num_classes, chunk_size)
+        z = torch.randn(n, self.config.latent_dim, generator=rng, dtype=torch.float32).to(self.stem.weight.dtype)
         if labels is None and self.config.num_classes:
             labels = torch.randint(self.config.num_classes, (n,), generator=rng)
         with evaluating(self) as device:
@@ -276,7 +277,7 @@ class DDPM(nn.Module):
     def sample(
         self,
         n: int,
-        labels: Tensor | None = None,
+        labels: Any = None,
         rng: torch.Generator | None = None,
         *,
         chunk_size: int | None = None,
@@ -292,7 +293,7 @@ class DDPM(nn.Module):
             options: fields of `SamplingOptions`.
         """
         chunk_size = CHUNK_SIZE[self.alpha.device.type] if chunk_size is None else chunk_size
-        check_request(n, labels, self.config.num_classes, chunk_size)
+        labels = checked_labels(n, labels, self.config.num_classes, chunk_size)
         chosen = self._resolved(labels is not None, **options)
         guidance = chosen.guidance if labels is not None else 1.0
         grid = samplers.GRIDS[chosen.sampler](self.levels, chosen.steps)
@@ -301,7 +302,7 @@ class DDPM(nn.Module):
             labels = torch.full((n,), self.config.num_classes)
         elif guidance and chosen.sampler == "dpm-solver++":
             stochasticity["renewed_below"] = float("inf")  # a given digit cannot be drawn too often, see dpm_solver
-        noise = torch.randn(n, 1, 28, 28, generator=rng)
+        noise = torch.randn(n, 1, 28, 28, generator=rng, dtype=torch.float32)
         step_seed = int(torch.randint(2**62, (), generator=rng))
         with evaluating(self) as device, autocast(device, chosen.precision):
             labels = labels.to(device)

@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, run_script
-from files import ExpectedError, atomic_path
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, run_script
+from files import ExpectedError, check_writable, read_text, write_text
 
 if TYPE_CHECKING:
     from figures.measured import Measured, Row
@@ -30,18 +30,20 @@ NEIGHBOURS, NEIGHBOUR_COLUMNS = 3, 10
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--reports", type=Path, default=Path("reports"), help="folder of the figures, and of what is drawn from them")
-    flag("--samples", type=Path, default=Path("samples"), help="folder of the pictures and GIFs")
+    flag("--reports", type=expanded_path, default="reports", help="folder of the figures, and of what is drawn from them")
+    flag("--samples", type=expanded_path, default="samples", help="folder of the pictures and GIFs")
     flag(
         "--readme",
-        type=Path,
+        type=expanded_path,
         default=None,
         help="README.md whose generated tables are rewritten, with those of README.pt-BR.md and docs/results.md beside it "
         "(default: this project's, if --reports and --samples are its own)",
     )
     flag("--device", default="auto", help=f"{DEVICE_HELP}: draws the samples")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     args = parser.parse_args(argv)
+    args.reports, args.samples = Path(args.reports), Path(args.samples)
+    args.readme = Path(args.readme) if args.readme else None
     if args.reports.resolve() == HERE / "reports" and args.samples.resolve() == HERE / "samples":
         args.readme = args.readme or HERE / "README.md"
     return args
@@ -54,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Read
     measured = read_measured(args.reports)
+    for folder in {args.reports, args.readme.parent if args.readme else args.reports}:
+        check_writable(folder)
 
     # Draw
     draw_charts(args.reports, measured)
@@ -141,7 +145,7 @@ def write_page(args: argparse.Namespace, measured: Measured) -> None:
     rows, models = measured.rows, measured.models
     results = args.readme.parent / "docs" / "results.md" if args.readme else None
     try:
-        page = environment.from_string(TEMPLATE.read_text()).render(
+        page = environment.from_string(read_text(TEMPLATE)).render(
             metrics=measured.metrics,
             rows=rows,
             figures=tables.all_figures([rows["real training digits"], rows["real test digits"], *models]),
@@ -154,8 +158,7 @@ def write_page(args: argparse.Namespace, measured: Measured) -> None:
         )
     except jinja2.UndefinedError as error:
         raise ExpectedError(f"the page lacks a picture: {error}; docs/results.md says which command draws it") from error
-    with atomic_path(args.reports / "report.html") as temporary:
-        temporary.write_text(page)
+    write_text(args.reports / "report.html", page)
 
 
 def inline(path: Path) -> str:
@@ -170,7 +173,7 @@ def conclusions(path: Path) -> list[tuple[str, str]]:
     Raises:
         ExpectedError: the section is missing.
     """
-    _, heading, rest = path.read_text().partition("## What the figures say\n")
+    _, heading, rest = read_text(path).partition("## What the figures say\n")
     if not heading:
         raise ExpectedError(f"{path} has no section 'What the figures say'")
     section = rest.partition("\n## ")[0]
@@ -202,13 +205,12 @@ def write_tables(readme: Path, measured: Measured) -> list[Path]:
             "self check": tables.markdown(tables.self_check(measured.self_check)),
         },
     }
-    texts = {path: path.read_text() for path in parts}
+    texts = {path: read_text(path) for path in parts}
     for path, sections in parts.items():
         for name, content in sections.items():
             texts[path] = replaced(texts[path], name, content, path)
     for path, text in texts.items():  # all or none: what is missing is known by now
-        with atomic_path(path) as temporary:
-            temporary.write_text(text)
+        write_text(path, text)
     if (notebook := readme.parent / NOTEBOOK).exists():
         set_repository(notebook, address)
     return list(parts)
@@ -230,7 +232,7 @@ def replaced(text: str, name: str, content: str, path: Path) -> str:
 
 def repository(citation: Path) -> str:
     """The address of the repository, of the one line that sets it: `repository-code` in CITATION.cff. Empty: not set."""
-    found = re.search(r"^repository-code: *\"?(https://[^\s\"]+?)/?\"?$", citation.read_text(), re.MULTILINE)
+    found = re.search(r"^repository-code: *\"?(https://[^\s\"]+?)/?\"?$", read_text(citation), re.MULTILINE)
     return found[1] if found else ""
 
 
@@ -245,11 +247,10 @@ def badge(address: str) -> str:
 
 def set_repository(notebook: Path, address: str) -> None:
     """Write the address that the notebook clones into its cell of parameters."""
-    content = json.loads(notebook.read_text())
+    content = json.loads(read_text(notebook))
     for cell in content["cells"]:
         cell["source"] = [re.sub(r'^REPOSITORY = "[^"]*"', f'REPOSITORY = "{address}"', line) for line in cell["source"]]
-    with atomic_path(notebook) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text(notebook, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cli import DATA_DIR_HELP, DEVICE_HELP, LEARNING_RATE, SEED, ArgumentParser, integer, run_script
-from files import UsageError
+from cli import DATA_DIR_HELP, DEVICE_HELP, LEARNING_RATE, OUT_DIR, SEED, ArgumentParser, expanded_path, integer, run_script
+from files import UsageError, check_writable
 from utils import autocast, choose_device, keyed_generator, provenance, resolve_precision
 
 if TYPE_CHECKING:
@@ -36,12 +36,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--batch-size", type=integer(1), default=128, help="images in a step")
     flag("--lr", type=LEARNING_RATE, default=3e-3, help="peak learning rate of AdamW (one cycle)")
     flag("--width", type=integer(1), default=16, help="channels at 28x28")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on a GPU that has it, else fp32")
     flag("--seed", type=SEED, default=0, help="seed of weights, order and augmentation")
     flag(
-        "--out-dir",
+        *OUT_DIR,
+        type=expanded_path,
         default=None,
         help="folder for classifier.pt and classifier_statistics.pt (default: runs/classifier; runs/dry-run with --dry-run)",
     )
@@ -60,23 +61,24 @@ def main(argv: list[str] | None = None) -> None:
 
     device = choose_device(args.device)
     data_dir = args.data_dir or data.default_data_dir()
-    path = Path(args.out_dir or ("runs/dry-run" if args.dry_run else "runs/classifier")) / "classifier.pt"
+    file = Path(args.out_dir or ("runs/dry-run" if args.dry_run else "runs/classifier")) / "classifier.pt"
+    check_writable(file.parent)
     if not args.statistics_only:
-        train_classifier(args, device, data_dir, path)
+        train_classifier(args, device, data_dir, file)
 
-    extractor = Extractor(device, path, sha256="")
+    extractor = Extractor(device, file, sha256="")
     test = data.load_digits("mnist", "test", data_dir, device)
     errors, loss = errors_and_loss(extractor.network, test)
     score = inception_score(extractor(test.images)[1], keyed_generator("cpu", args.seed, "splits"))
     accuracy = 100 * (1 - errors / len(test))
     print(f"test accuracy {accuracy:.2f} %, cross-entropy {loss:.4f}, inception score {score.mean:.3f} +- {score.std:.3f}")
-    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)\n  SHA-256 {extractor.sha256}")
-    write_statistics(extractor, data_dir, path.with_name(STATISTICS_NAME))
-    print(f"wrote {path.with_name(STATISTICS_NAME)}")
+    print(f"{file} ({file.stat().st_size / 1e6:.2f} MB)\n  SHA-256 {extractor.sha256}")
+    write_statistics(extractor, data_dir, file.with_name(STATISTICS_NAME))
+    print(f"wrote {file.with_name(STATISTICS_NAME)}")
 
 
-def train_classifier(args: argparse.Namespace, device: torch.device, data_dir: str, path: Path) -> None:
-    """Train, and write the averaged weights of the epoch with the fewest errors on the held-out digits to `path`."""
+def train_classifier(args: argparse.Namespace, device: torch.device, data_dir: str, file: Path) -> None:
+    """Train, and write the averaged weights of the epoch with the fewest errors on the held-out digits to `file`."""
     import torch
     from torch.nn import functional as F
 
@@ -126,7 +128,7 @@ def train_classifier(args: argparse.Namespace, device: torch.device, data_dir: s
         return data.epoch_batches(train, args.batch_size, args.seed, epoch, start)
 
     recorded = {name: value for name, value in vars(args).items() if name not in ("data_dir", "out_dir")}
-    selection = best_epoch_writer(average.model, held_out, path, {"flags": recorded, "versions": provenance()})
+    selection = best_epoch_writer(average.model, held_out, file, {"flags": recorded, "versions": provenance()})
     fit(train_step, batches, args.epochs, [average, selection], state)
 
 
@@ -148,7 +150,7 @@ def augment(images: Tensor, rng: torch.Generator) -> Tensor:
     return F.grid_sample(images + 1, grid, align_corners=False) - 1  # padded with 0, which is the background of images + 1
 
 
-def best_epoch_writer(network: nn.Module, held_out: Digits, path: Path, meta: dict[str, Any]) -> Callback:
+def best_epoch_writer(network: nn.Module, held_out: Digits, file: Path, meta: dict[str, Any]) -> Callback:
     """A callback that writes `network` after each best epoch: fewest errors on the held-out digits, then lowest loss."""
     from checkpoint import keep_previous, save_model
     from loop import Callback
@@ -158,7 +160,7 @@ def best_epoch_writer(network: nn.Module, held_out: Digits, path: Path, meta: di
         start = time.perf_counter()
 
         def on_start(self, state: TrainState) -> None:
-            keep_previous(path)
+            keep_previous(file)
 
         def after_epoch(self, state: TrainState) -> None:
             errors, loss = errors_and_loss(network, held_out)
@@ -168,7 +170,7 @@ def best_epoch_writer(network: nn.Module, held_out: Digits, path: Path, meta: di
             if (errors, loss) < self.best:
                 self.best = (errors, loss)
                 figures = {"held_out_errors": errors, "held_out_loss": loss}
-                save_model(path, "classifier", network, {"epoch": state.epoch + 1, "metrics": figures, **meta})
+                save_model(file, "classifier", network, {"epoch": state.epoch + 1, "metrics": figures, **meta})
 
     return BestEpochWriter()
 

@@ -5,7 +5,6 @@ torch is imported inside the functions, so that a script parses its arguments (a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from files import UsageError
+from files import UsageError, processes
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +35,7 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # each of torchrun's processes has its own GPU
+        name = f"cuda:{processes().local_rank}"  # each of torchrun's processes has its own GPU
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
@@ -54,10 +53,15 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def _keep_freed_memory() -> None:
-    """Stop glibc from returning freed activations to the kernel, which would have to map their pages again a step later."""
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
-    with contextlib.suppress(OSError, AttributeError):  # another C library: its own policy stands
-        mallopt = ctypes.CDLL(None).mallopt
+    """Stop glibc from returning freed activations to the kernel, which would have to map their pages again a step later.
+
+    Another system or C library (musl) has no such settings: its own policy stands.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # mallopt(3)
         mallopt(mmap_threshold, 32 * 2**20)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 256 * 2**20)
@@ -147,9 +151,11 @@ def provenance() -> dict[str, str]:
 
 
 def _git_commit() -> str:
-    here = Path(__file__).parent
+    here = Path(__file__).resolve().parent
+    if not (here / ".git").exists():  # a copy inside of somebody else's repository: not that one's commit
+        return "unknown"
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "unknown"

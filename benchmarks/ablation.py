@@ -36,11 +36,11 @@ import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA, ScheduledLR
-from cli import DATA_DIR_HELP, DEVICE_HELP, SEED, ArgumentParser, number, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, SEED, ArgumentParser, expanded_path, number, run_script
 from diffusion.options import OPTION_NAMES, PRECISIONS
 from engine.cuda_graph import ORDINARY_CALLS
 from figures import charts
-from files import ExpectedError, earlier_rows, write_csv
+from files import ExpectedError, check_outputs, earlier_rows, expanded, write_csv
 from loop import TrainState
 from recipes import ddpm, gan
 from scoring.extractor import Extractor
@@ -126,10 +126,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--seeds", nargs="+", type=SEED, default=[0, 1], help="training seeds of each recipe")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples in a scoring: a size whose floor is known")
     flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 where the device has it")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
-    flag("--out", type=Path, default=Path("reports/ablation.csv"), help="the table to write")
+    flag("--out", type=expanded, default=Path("reports/ablation.csv"), help="the table to write")
     args = parser.parse_args(argv)
+    check_outputs(("--out", args.out, (".csv",)))
 
     device = choose_device(args.device)
     if args.precision == "auto":

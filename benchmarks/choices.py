@@ -37,7 +37,7 @@ import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, run_script
 from diffusion.options import PRECISIONS
 from engine.guard import Guard
 from engine.muon import Muon
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         help="undo these choices only (default: all)",
     )
     add_timing_flags(parser)
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     parser.set_defaults(steps=5, repeats=3)
     args = parser.parse_args(argv)

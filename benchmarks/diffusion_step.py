@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import data
 import train_diffusion
 from callbacks import EMA
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, run_script
 from loop import TrainState
 from models import CHUNK_SIZE, build
 from recipes.ddpm import assemble
@@ -50,7 +50,7 @@ OURS: dict[str, list[str]] = {  # flags of the trainer
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     add_timing_flags(parser)
-    parser.add_argument("--data-dir", default=None, help=DATA_DIR_HELP)
+    parser.add_argument("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import math
 import os
 import subprocess
 import sys
@@ -26,9 +27,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
 from diffusion.options import PRECISIONS
-from files import ExpectedError, write_csv
+from files import ExpectedError, check_outputs, expanded, write_csv
 
 WIDTHS = {"gan": 32, "cgan": 32, "diffusion": 16}  # the defaults
 SCRIPTS = {name: f"train_{name}.py" for name in WIDTHS}
@@ -52,10 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         metavar="NAME=VALUE",
         help="environment variables of the trainings, such as OMP_NUM_THREADS=1",
     )
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
-    flag("--out", type=Path, default=Path("runs/growth.csv"), help="the table to write")
+    flag("--out", type=expanded, default=Path("runs/growth.csv"), help="the table to write")
     args = parser.parse_args(argv)
+    check_outputs(("--out", args.out, (".csv",)))
 
     rows: list[dict[str, Any]] = []
     for trainer, width, batch, processes, busy in settings(args):
@@ -127,7 +129,7 @@ def measure(args: argparse.Namespace, trainer: str, width: int, batch: int, proc
         command += ["--precision", args.precision, "--device", args.device, "--out-dir", folder]
         command += ["--steps", 1] if trainer == "diffusion" else []  # of the GIF's frames, which are not the question
         command += ["--data-dir", args.data_dir] if args.data_dir else []
-        with tempfile.TemporaryFile("w+") as errors:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
             child = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=errors, env=environment)
             try:
                 memory = peak_memory(child)
@@ -139,14 +141,20 @@ def measure(args: argparse.Namespace, trainer: str, width: int, batch: int, proc
                 errors.seek(0)
                 said = [line.removeprefix("error: ") for line in errors if line.startswith("error: ")]
                 raise ExpectedError(f"{SCRIPTS[trainer]} failed: {said[-1] if said else f'exit code {child.returncode}'}")
-        with (Path(folder) / "reports" / f"{trainer}_training_log.csv").open() as file:
+        with (Path(folder) / "reports" / f"{trainer}_training_log.csv").open(encoding="utf-8") as file:
             first, second, _ = csv.DictReader(file)
     images, seconds = (float(second[name]) - float(first[name]) for name in ("images", "seconds"))
     return images / seconds, memory
 
 
 def peak_memory(child: subprocess.Popen) -> float:
-    """Wait for the child. Returns the largest resident memory, in MB, of the child and of its own children."""
+    """Wait for the child. Returns the largest resident memory, in MB, of the child and of its own children.
+
+    nan: Windows does not tell.
+    """
+    if sys.platform == "win32":
+        child.wait()
+        return math.nan
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -26,7 +26,7 @@ from timing import precisions, wait_for_device
 
 import data
 from checkpoint import load_generator
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
 from files import UsageError
 from scoring import metrics
 from scoring.extractor import Extractor
@@ -40,11 +40,11 @@ Work = Callable[[], object]
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--model", default=str(ROOT / "checkpoints" / "best_GAN_G.pt"), help="the generator to score")
+    flag("--model", type=expanded_path, default=str(ROOT / "checkpoints" / "best_GAN_G.pt"), help="the generator to score")
     flag("--n", type=integer(10, 10**6), default=10_000, help="samples in a scoring")
     flag("--repeats", type=integer(1), default=3, help="timed repeats")
     flag("--only", nargs="+", default=[""], metavar="TEXT", help="the lines that contain one of these (default: all)")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
 

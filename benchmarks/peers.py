@@ -36,10 +36,10 @@ from torch.nn import functional as F
 import data
 import train_diffusion
 from callbacks import EMA, ScheduledLR
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, number, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, number, run_script
 from diffusion.options import PRECISIONS
 from figures.images import image_grid, write_png
-from files import write_csv
+from files import check_outputs, expanded, write_csv
 from loop import TrainState
 from models import CHUNK_SIZE, build
 from recipes.ddpm import DiffusionStep, StableTargets, make_optimizers
@@ -65,10 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--dpm-solver-steps", type=integer(1), default=15, help="network evaluations of a sample by DPM-Solver++")
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples to score: a size whose floor is known")
     flag("--peer-lr", type=number("(0, inf)"), default=1e-4, help="learning rate of the others; 1e-4 is their own")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
-    flag("--out", type=Path, default=Path("runs/peers.csv"), help="the table to write")
+    flag("--out", type=expanded, default=Path("runs/peers.csv"), help="the table to write")
     args = parser.parse_args(argv)
+    check_outputs(("--out", args.out, (".csv",)))
 
     ask_for_huge_pages()
     device = choose_device(args.device)

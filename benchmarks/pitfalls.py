@@ -31,10 +31,10 @@ from tqdm import tqdm
 
 import data
 from checkpoint import file_sha256, load_generator
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
 from diffusion import process, samplers
 from diffusion.options import PRECISIONS
-from files import ExpectedError, write_csv
+from files import ExpectedError, check_outputs, expanded, find_default, write_csv
 from models import DDPM
 from networks.checks import evaluating
 from scoring.extractor import Extractor
@@ -49,8 +49,13 @@ FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--gan", default="checkpoints/best_GAN_G.pt", help="checkpoint of a DCGAN")
-    flag("--diffusion", default="checkpoints/best_DIFF.pt", help="checkpoint of a diffusion model")
+    flag("--gan", type=expanded_path, default=None, help="a DCGAN's checkpoint (default: the shipped one)")
+    flag(
+        "--diffusion",
+        type=expanded_path,
+        default=None,
+        help="a diffusion model's checkpoint (default: the shipped one)",
+    )
     flag("--n", type=int, choices=FLOOR_SIZES, default=10_000, help="GAN samples and real digits in a scoring")
     flag("--diffusion-n", type=int, choices=FLOOR_SIZES, default=500, help="diffusion samples in a scoring")
     flag(
@@ -59,11 +64,14 @@ def main(argv: list[str] | None = None) -> None:
         default=200,
         help="steps of ancestral sampling; a schedule of so many timesteps is one of the mistakes",
     )
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     flag("--precision", choices=PRECISIONS, default="fp32", help="of the diffusion model's evaluations")
-    flag("--out", type=Path, default=Path("reports/pitfalls.csv"), help="the table to write")
+    flag("--out", type=expanded, default=Path("reports/pitfalls.csv"), help="the table to write")
     args = parser.parse_args(argv)
+    check_outputs(("--out", args.out, (".csv",)))
+    args.gan = args.gan or find_default("checkpoints/best_GAN_G.pt")
+    args.diffusion = args.diffusion or find_default("checkpoints/best_DIFF.pt")
 
     device = choose_device(args.device)
     gan = load_generator(args.gan, device)

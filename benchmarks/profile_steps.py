@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import data
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
 from diffusion.options import PRECISIONS
 from engine.cuda_graph import ORDINARY_CALLS
 from utils import choose_device
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--batch-size", type=integer(1), default=128, help="images in a training step")
     flag("--steps", type=integer(1), default=5, help="profiled steps")
     flag("--rows", type=integer(1), default=12, help="operations to show")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()

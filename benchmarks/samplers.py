@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 import data
 from checkpoint import file_sha256, load_generator
-from cli import DATA_DIR_HELP, DEVICE_HELP, ETA, GUIDANCE, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ETA, GUIDANCE, OUT_DIR, ArgumentParser, expanded_path, integer, run_script
 from diffusion.options import CONDITIONAL_ETA, DEFAULT_STEPS, PRECISIONS, SCRIPT_GUIDANCE, UNCONDITIONAL_ETA
 from diffusion.process import Level
 from diffusion.samplers import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations
 from figures import charts
-from files import ExpectedError, earlier_rows, write_csv
+from files import ExpectedError, check_writable, earlier_rows, expanded, find_default, write_csv
 from scoring.extractor import Extractor
 from scoring.metrics import Estimate, estimate
 from scoring.reference import FLOOR_SIZES
@@ -61,7 +61,7 @@ Row = dict[str, str]
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
-    flag("--model", default="checkpoints/best_DIFF.pt", help="checkpoint of a diffusion model")
+    flag("--model", type=expanded_path, default=None, help="a diffusion model's checkpoint (default: the shipped one)")
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
     flag("--steps", type=integer(1), nargs="+", default=[5, 10, 15, 20, 50], help="of DPM-Solver++ and DDIM")
     flag("--eta", type=ETA, nargs="+", default=[0.0, UNCONDITIONAL_ETA], help="of unconditional DPM-Solver++")
@@ -69,11 +69,13 @@ def main(argv: list[str] | None = None) -> None:
     flag("--digit-eta", type=ETA, nargs="+", default=[0.0, 0.5, 0.8, 1.0, 1.5, 2.5], help="of class-conditional samples")
     flag("--seeds", type=integer(1), default=3, help="seeds of DPM-Solver++, of DDIM, and of 100 ancestral steps")
     flag("--full-seeds", type=integer(0), default=1, help="seeds of ancestral sampling with every timestep")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     flag("--precision", choices=PRECISIONS, default="fp32", help="of the network's evaluations")
-    flag("--out-dir", type=Path, default=Path("reports"), help="folder for samplers.csv and samplers.png")
+    flag(*OUT_DIR, type=expanded, default=Path("reports"), help="folder for samplers.csv and samplers.png")
     args = parser.parse_args(argv)
+    check_writable(args.out_dir)
+    args.model = args.model or find_default("checkpoints/best_DIFF.pt")
 
     device = choose_device(args.device)
     model = load_generator(args.model, device)

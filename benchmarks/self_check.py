@@ -32,8 +32,8 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 import data
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
-from files import ExpectedError, write_csv
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from files import ExpectedError, check_outputs, expanded, write_csv
 from scoring import metrics
 from scoring.extractor import Extractor
 from scoring.scorer import FullScorer
@@ -110,10 +110,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     flag = parser.add_argument
     flag("--n", type=integer(10, 10**6), default=5000, help=f"digits at each level, at most {MAX_DIGITS}")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
-    flag("--out", type=Path, default=Path("reports/self_check.csv"), help="the table to write")
+    flag("--out", type=expanded, default=Path("reports/self_check.csv"), help="the table to write")
     args = parser.parse_args(argv)
+    check_outputs(("--out", args.out, (".csv",)))
     if args.n > MAX_DIGITS:
         parser.error(f"--n {args.n} is more than the {MAX_DIGITS} training digits of the two classes that remain in the end")
 

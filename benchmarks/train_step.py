@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import data
 import train_gan
 from callbacks import EMA
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, integer, run_script
+from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
 from loop import TrainState
 from models import build
 from recipes.gan import LOSSES, assemble
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_timing_flags(parser)
     flag("--workers", type=integer(0), default=0, help="loader processes of the plain loop")
-    flag("--data-dir", default=None, help=DATA_DIR_HELP)
+    flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
     flag("--device", default="auto", help=DEVICE_HELP)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()

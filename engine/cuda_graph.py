@@ -7,6 +7,7 @@ GPU runs them. On a CPU, and with several processes, the update stays an ordinar
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,19 @@ from torch import Tensor
 from engine import distributed
 
 ORDINARY_CALLS = 3  # before the recording: they choose the kernels and create the optimizers' state
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect garbage before the block, and not inside. An older graph that is destroyed there would spoil a recording."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class Recording(NamedTuple):
@@ -84,7 +98,7 @@ class RecordedUpdate:
         kept = tuple(tensor.clone() for tensor in inputs)
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self.rng)
-        with self._rates_on_device(), torch.cuda.graph(graph, stream=self._stream):
+        with no_garbage_collection(), self._rates_on_device(), torch.cuda.graph(graph, stream=self._stream):
             results = self.update(*kept, variant)
         return Recording(graph, kept, results)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from files import ExpectedError, is_first, is_out_of_memory
+from files import ExpectedError, is_first, is_out_of_memory, processes
 
 
 class Left(ExpectedError):
@@ -31,7 +30,7 @@ class Left(ExpectedError):
 
 def count() -> int:
     """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return processes().total
 
 
 def join(device: torch.device) -> None:
@@ -58,7 +57,7 @@ def leave() -> None:
 
 def share(n: int) -> slice:
     """The rows of this process, of `n` in all."""
-    rank, world = int(os.environ.get("RANK", 0)), count()
+    rank, world, _ = processes()
     return slice(n * rank // world, n * (rank + 1) // world)
 
 

@@ -64,13 +64,11 @@ def write_gif(path: str | os.PathLike[str], frames: Tensor, seconds: float = 8.0
 
 def write_side_by_side(path: str | os.PathLike[str], panels: list[tuple[str, Tensor]]) -> None:
     """Draw grids of uint8 [N, 1, H, W] beside each other, each under its title."""
-    from matplotlib.figure import Figure  # without pyplot: no global state, no display
+    from figures import canvas  # matplotlib is a slow import
 
-    figure = Figure(figsize=(4.2 * len(panels), 4.6), dpi=150, layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        axes.imshow(image_grid(images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        title = title.encode(errors="replace").decode()  # a file's name may hold any bytes,
-        axes.set_title(title, fontsize=11, parse_math=False)  # and a $
-        axes.set_axis_off()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    with canvas.figure(path, 4.2 * len(panels), 4.6) as figure:
+        for axes, (title, images) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            axes.imshow(image_grid(images), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            title = title.encode(errors="replace").decode()  # a file's name may hold any bytes,
+            axes.set_title(title, fontsize=11, parse_math=False)  # and a $
+            axes.set_axis_off()

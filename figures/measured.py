@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from files import ExpectedError
+from files import ExpectedError, cannot_read, read_text
 
 Row = dict[str, Any]
 LOGS = {
@@ -91,7 +92,7 @@ def read_measured(reports: Path) -> Measured:
 
 def _read_metrics(path: Path) -> dict[str, Any]:
     try:
-        metrics = json.loads(path.read_text())
+        metrics = json.loads(read_text(path))
         if not all(name in metrics for name in ("command", "versions", "rows", "rows_by_digit")):
             raise ValueError("it lacks some of its entries")
         if missing := {"real training digits", "real test digits", "dcgan"} - {row["model"] for row in metrics["rows"]}:
@@ -99,19 +100,19 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         if any(row["extractor"] != "mnist" for row in metrics["rows"]):
             raise ValueError("it has another extractor than mnist")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ExpectedError(f"{path} cannot be read ({error}); run evaluate.py first") from error
+        raise cannot_read(path, error, "cannot be used ({reason}); run evaluate.py first") from error
     return metrics
 
 
 def _read_csv(path: Path, columns: set[str]) -> list[Row]:
     try:
-        with path.open() as file:
-            rows = [{name: _value(name, cell) for name, cell in row.items()} for row in csv.DictReader(file)]
+        lines = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        rows = [{name: _value(name, cell) for name, cell in row.items()} for row in lines]
         if not rows or columns - set(rows[0]):
             raise ValueError(f"it lacks {', '.join(sorted(columns - set(rows[0]))) if rows else 'any row'}")
         return rows
     except (OSError, ValueError, TypeError) as error:
-        raise ExpectedError(f"{path} cannot be read ({error}); docs/results.md says which command writes it") from error
+        raise cannot_read(path, error, "cannot be used ({reason}); docs/results.md says which command writes it") from error
 
 
 def _value(name: str, cell: str) -> float | str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import reprlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,18 +29,32 @@ def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{type(config).__name__}.{name} must be one of {', '.join(choices)}, not {reprlib.repr(value)}")
 
 
-def check_request(n: int, labels: Tensor | None, num_classes: int, chunk_size: int) -> None:
-    """`ValueError` unless n and chunk_size are at least 1, and labels are None or int64 [n] in 0..num_classes-1."""
+def checked_labels(n: int, labels: Any, num_classes: int, chunk_size: int) -> Tensor | None:
+    """The labels of a call of `sample` as int64 [n], or None. `labels`: integers [n], or one integer for all `n`.
+
+    Raises:
+        ValueError: n or chunk_size below 1; labels that are no integers, of another shape, or not in 0..num_classes-1.
+    """
     if n < 1 or chunk_size < 1:
         raise ValueError(f"n and chunk_size must be at least 1, not {n} and {chunk_size}")
     if labels is None:
-        return
+        return None
     if not num_classes:
         raise ValueError("labels were given to an unconditional model; leave them out, or load a conditional checkpoint")
-    if labels.shape != (n,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be int64 of shape [{n}], not {labels.dtype} of {list(labels.shape)}")
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"labels must be integers ({error})") from error
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels must be integers, not {labels.dtype}")
+    if labels.ndim == 0:
+        labels = labels.expand(n)
+    if labels.shape != (n,):
+        raise ValueError(f"labels must have the shape [{n}], not {list(labels.shape)}")
+    labels = labels.long()  # torch has no minimum of the wider unsigned types
     if not (int(labels.min()) >= 0 and int(labels.max()) < num_classes):
         raise ValueError(f"labels must lie in 0..{num_classes - 1}")
+    return labels
 
 
 @contextlib.contextmanager

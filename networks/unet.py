@@ -64,8 +64,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """Images [B, 1, 28, 28], times [B] in 0..1000 and labels int64 [B] -> float32 [B, 1, 28, 28]."""
         with autocast(x.device, "fp32"):  # bf16 would blur neighbouring times into one
-            condition = self.time(sinusoids(time, self.label.embedding_dim)) + self.label(labels)
+            times = sinusoids(time, self.label.embedding_dim).to(self.label.weight.dtype)
+            condition = self.time(times) + self.label(labels)
             condition = F.silu(condition)  # [B, 10w]
+        x = x.to(self.stem.weight.dtype)
         fine = self.enter28(self.stem(x), condition)  # [B, w, 28, 28]
         x = self.down14(fine)  # [B, 4w, 14, 14]
         medium = []

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from checkpoint import FORMAT, check_tensor, has_format, read_tensors
 from cli import parse_again
-from files import ExpectedError, UsageError
+from files import ExpectedError, UsageError, is_first, say
 from loop import TrainState
 
 ENTRIES = {"training", "flags", "data_dir", "state", "parts"}
-CHANGEABLE = {"epochs", "patience", "save_every", "device"}  # flags that a resumed run may change
-UNRECORDED = {"data_dir", "out_dir", "given", "parser", "resume"}  # of this machine or this call, not of the run
+# Flags that a resumed run may change: they take effect from its next step on
+CHANGEABLE = {"epochs", "patience", "save_every", "device", "lr", "d_lr", "muon_lr", "eval_every", "compile", "precision"}
+REASONS = {  # why others may not
+    "the networks of the saved run have another shape": {"width", "latent_dim", "loss"},
+    "the saved run counts its steps in these batches": {"batch_size", "dataset", "limit", "dry_run"},
+    "the saved run draws its data and noise with it": {"seed"},
+    "the saved network predicts with it": {"timesteps", "schedule", "prediction"},
+}
+UNRECORDED = {"data_dir", "out_dir", "given", "parser", "resume", "before"}  # of this machine or this call, not of the run
 # What the optimizers keep for each parameter, in its shape (`step` is a scalar)
 OPTIMIZER_STATE = {"Adam": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
@@ -55,6 +62,7 @@ def adopt_flags(args: argparse.Namespace, saved: dict[str, Any]) -> None:
     data_dir = saved["data_dir"]
     if not isinstance(flags, dict) or flags.keys() != recorded(args).keys():
         raise ValueError("it has other flags")
+    changed = []
     parsed = vars(parse_again(args.parser, flags))
     for name, value in flags.items():
         if type(parsed[name]) is not type(value) or parsed[name] != value:
@@ -62,14 +70,20 @@ def adopt_flags(args: argparse.Namespace, saved: dict[str, Any]) -> None:
     if not isinstance(data_dir, (str, type(None))):
         raise ValueError("data_dir is no path")
     for name, value in flags.items():
-        typed = getattr(args, name)
-        if name in args.given and name in CHANGEABLE:
-            continue
-        if name in args.given and typed not in (value, "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise UsageError(f"{flag} {typed} differs from the resumed run's {value}; leave it out")
-        setattr(args, name, value)
+        typed, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if name not in args.given or typed == value:
+            setattr(args, name, value)
+        elif name == "muon_lr" and not (typed and value):
+            raise UsageError(f"{flag} {typed} would train other weights than the resumed run's {value}; leave it out")
+        elif name in CHANGEABLE:
+            changed.append(f"{flag} {typed} (before: {value})")
+        else:
+            reason = next((why for why, names in REASONS.items() if name in names), "the saved run depends on it")
+            raise UsageError(f"{flag} {typed} differs from the resumed run's {value}; leave it out: {reason}")
     args.data_dir = args.data_dir or data_dir
+    args.before = flags
+    if changed and is_first():
+        say(f"this run goes on with {', '.join(changed)}")
 
 
 def adopt_state(state: TrainState, saved: dict[str, Any], batches_per_epoch: int, batch_size: int) -> None:
@@ -112,15 +126,17 @@ def _is_figure(item: tuple[Any, Any]) -> bool:
     return type(value) is str if name == "warning" else isinstance(name, str) and type(value) in (int, float)
 
 
-def restore(parts: dict[str, Any], saved: dict[str, Any]) -> None:
+def restore(parts: dict[str, Any], saved: dict[str, Any], factors: dict[str, float]) -> None:
     """Give networks, optimizers and callbacks their saved state.
+
+    `factors`: name of an optimizer -> what its saved learning rate is multiplied by, if the flag has changed.
 
     Raises:
         ValueError, TypeError, KeyError, RuntimeError: a part is missing, or has other content.
     """
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
-            part.load_state_dict(_checked(name, part, saved[name]))
+            part.load_state_dict(_checked(name, part, saved[name], factors.get(name, 1.0)))
             continue
         if like := part.state_dict():  # else the callback checks its state itself
             _check_alike(name, like, saved[name])
@@ -145,7 +161,7 @@ def _check_alike(name: str, like: Any, value: Any) -> None:
         raise ValueError(f"{name} is {reprlib.repr(value)}")
 
 
-def _checked(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+def _checked(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any], factor: float) -> dict[str, Any]:
     """The saved state of an optimizer, in new memory. Of its options, only the learning rates are taken."""
     like = optimizer.state_dict()["param_groups"]
     if not isinstance(saved, dict) or saved.keys() != {"state", "param_groups"} or not isinstance(saved["state"], dict):
@@ -164,4 +180,4 @@ def _checked(name: str, optimizer: torch.optim.Optimizer, saved: dict[str, Any])
             own = torch.zeros(()) if key == "step" else torch.empty_like(parameters[number])
             check_tensor(f"{name} {key}", own, value)
             state[number][key] = own.copy_(value)
-    return {"state": state, "param_groups": [{**group, "lr": rate} for group, rate in zip(like, rates)]}
+    return {"state": state, "param_groups": [{**group, "lr": rate * factor} for group, rate in zip(like, rates)]}

@@ -18,7 +18,7 @@ import callbacks
 import data
 from checkpoint import FORMAT, keep_previous
 from engine import distributed
-from files import ExpectedError, Interrupted, UsageError, exclusive, is_first, say
+from files import ExpectedError, Interrupted, UsageError, check_writable, exclusive, is_first, say
 from loop import Callback, StopSignals, TrainState, fit
 from recipes import resume
 from scoring.extractor import Extractor
@@ -89,6 +89,8 @@ class Run:
     def _check_unfinished(self) -> None:
         if self.state.stop_reason and "patience" not in self.args.given:
             raise ExpectedError(f"this run has stopped: {self.state.stop_reason}; give a larger --patience to go on")
+        if self.args.eval_every > self.args.epochs:
+            raise UsageError(f"--eval-every {self.args.eval_every} is more than the run's {self.args.epochs} epochs")
         if self.state.epoch >= self.args.epochs:
             raise ExpectedError(f"this run has completed its {self.state.epoch} epochs; give a larger --epochs to go on")
         self.state.stop_reason = ""
@@ -143,8 +145,11 @@ class Run:
         header = {"format": FORMAT, "training": self.prefix, "flags": flags, "data_dir": self.args.data_dir}
         saver = callbacks.StateSaver(self.last, parts, header, signals)
         best = [self.last.parent / f"best_{file}.pt" for file in files]
+        if is_first():
+            for folder in ("checkpoints", "reports", "samples"):
+                check_writable(self.out_dir / folder)
         with exclusive(self.last.with_name(f".{self.prefix}.lock")) if is_first() else contextlib.nullcontext():
-            self._begin(parts, saver, best)
+            self._begin(parts, saver, best, rates)
             self._fit(train_step, [*hooks.values(), saver], saver, signals)
         distributed.leave()
         if is_first():
@@ -180,7 +185,7 @@ class Run:
             "checkpoints": callbacks.CheckpointWriter(self.last.parent, files, args.save_every, meta),
         }
 
-    def _begin(self, parts: dict, saver: callbacks.StateSaver, best: list[Path]) -> None:
+    def _begin(self, parts: dict, saver: callbacks.StateSaver, best: list[Path], rates: dict) -> None:
         """Restore what was saved. A new run keeps the files that it will replace, and saves its first state."""
         if not self.saved:
             if is_first():
@@ -189,7 +194,14 @@ class Run:
                 saver.save(self.state)
             return
         with self._checked():
-            resume.restore(parts, self.saved["parts"])
+            before = self.args.before
+            factors = {
+                name: getattr(self.args, column) / before[column]
+                for column, optimizer in rates.items()
+                for name, part in parts.items()
+                if part is optimizer and before.get(column)
+            }
+            resume.restore(parts, self.saved["parts"], factors)
         if self.state.best_epoch and not all(path.exists() for path in best):
             say(f"{', '.join(map(str, best))}: not all of them exist, so the best epoch from here on is written")
             self.state.best_fid = math.inf

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoint import file_sha256
-from files import ExpectedError
+from files import ExpectedError, cannot_read, expanded, network_timeout
 
 URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 SHA256_START = "6726825d"
@@ -38,14 +38,14 @@ class InceptionExtractor:
     def __init__(self, device: torch.device | str = "cpu", weights: str | os.PathLike[str] | None = None):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = Path(weights) if weights else canonical_weights()
+        path = expanded(weights) if weights else canonical_weights()
         try:
             # Without this variable, torch-fidelity would run code from the file
             with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
                 network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(path))
         except Exception as error:  # a damaged or hostile file can make the reader raise anything
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ExpectedError(f"{path} does not hold the Inception weights ({reason}); see --inception-weights") from error
+            otherwise = "does not hold the Inception weights ({reason}); see --inception-weights"
+            raise cannot_read(path, error, otherwise) from error
         self.network, self.device, self.sha256 = network.to(device), torch.device(device), file_sha256(path)
 
     @torch.no_grad()
@@ -73,7 +73,8 @@ def canonical_weights() -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(URL, str(path), SHA256_START)
+            with network_timeout():
+                torch.hub.download_url_to_file(URL, str(path), SHA256_START)
         except (URLError, OSError, RuntimeError) as error:
             raise ExpectedError(f"the Inception weights cannot be downloaded ({error}); {wanted}") from error
     if not file_sha256(path).startswith(SHA256_START):

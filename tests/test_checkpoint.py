@@ -62,10 +62,6 @@ def test_weights_that_are_not_finite_are_not_written(saved):
     with pytest.raises(ExpectedError, match="not finite"):
         save_model(path, "dcgan", network, META)
     assert path.read_bytes() == before
-    with torch.no_grad():
-        network.conv28.bias[0] = 1e6  # finite, but not in half precision
-    with pytest.raises(ExpectedError, match="not finite"):
-        save_model(path, "dcgan", network, META)
 
 
 def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(saved, monkeypatch):

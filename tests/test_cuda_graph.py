@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -13,7 +14,7 @@ import train_cgan
 import train_diffusion
 import train_gan
 from data import Digits
-from engine.cuda_graph import ORDINARY_CALLS
+from engine.cuda_graph import ORDINARY_CALLS, no_garbage_collection
 from loop import TrainState
 from recipes.ddpm import assemble as assemble_ddpm
 from recipes.gan import PENALTY_EVERY
@@ -166,3 +167,9 @@ def test_a_replayed_step_with_a_bad_batch_changes_no_weight(kind):
     for old, network in zip(before[-1:], networks[-1:]):
         for key, value in network.state_dict().items():
             assert torch.equal(value, old[key]), key
+
+
+def test_no_garbage_is_collected_while_a_graph_is_recorded():
+    with no_garbage_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()

@@ -166,3 +166,18 @@ def test_without_a_mirror_the_error_names_files_folder_and_alternative(tmp_path,
         data.load_digits("mnist", "train", tmp_path / "data")
     for words in ("train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz", str(tmp_path), "--dataset digits"):
         assert words in str(error.value)
+
+
+def test_a_failed_download_leaves_no_folder_behind(tmp_path, monkeypatch):
+    from torchvision.datasets import MNIST
+
+    monkeypatch.setattr(MNIST, "mirrors", [(tmp_path / "nothing").as_uri() + "/"])
+    with pytest.raises(ExpectedError, match="could not be downloaded"):
+        data.load_digits("mnist", "train", tmp_path / "new" / "data")
+    assert not (tmp_path / "new" / "data").exists()
+
+
+def test_mnist_without_the_permission_to_read_it_is_not_called_damaged(tmp_path, monkeypatch, mnist_dir):
+    monkeypatch.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(ExpectedError, match="ask for the permission"):
+        data.load_digits("mnist", "train", mnist_dir)

@@ -169,7 +169,7 @@ def test_two_processes_share_an_evaluation(mnist_dir, tmp_path):
 
 
 def test_processes_that_cannot_meet_are_told_to_use_torchrun(tmp_path):
-    result = run_process("train_gan.py", *FLAGS, "--out-dir", tmp_path, WORLD_SIZE="2")
+    result = run_process("train_gan.py", *FLAGS, "--out-dir", tmp_path, WORLD_SIZE="2", RANK="0")
     assert result.returncode == 1
     line = error_line(result.stderr)
     assert "cannot meet" in line
@@ -205,6 +205,7 @@ def test_loss_and_gradient_of_a_batch_are_the_means_of_its_shares(monkeypatch):
 def failing_exchange(monkeypatch):
     """A function that makes every exchange between processes fail with a message."""
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
 
     def fail_with(message: str) -> None:
         def all_reduce(*_):

@@ -40,7 +40,7 @@ def test_the_readme_has_at_most_1800_words():
 
 def anchors(path: Path) -> set[str]:
     """The anchors that GitHub gives to the headings of a page."""
-    headings = re.findall(r"^#+ (.+)$", CODE.sub("", path.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", CODE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -60,7 +60,7 @@ COMMAND = re.compile(r"(\w+=\S+ )?(python|torchrun \S+) (-- )?[\w/]+\.py")
 
 def commands(page: Path) -> list[str]:
     """The command lines of the project's scripts in a page, with their continuation lines joined."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.partition("  #")[0].strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(r"`(python [\w/]+\.py[^`]*)`", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import socket
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import data
 from checkpoint import save_model
 from files import ExpectedError
 from scoring import inception, reference
-from scoring.inception import InceptionExtractor
+from scoring.inception import InceptionExtractor, canonical_weights
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_a_file_without_the_weights_is_refused(tmp_path, content):
         path.write_text("no weights")
     elif content == "other":
         torch.save({"fc.weight": torch.zeros(3)}, path)
-    with pytest.raises(ExpectedError, match="does not hold the Inception weights"):
+    with pytest.raises(ExpectedError, match=r"does not exist|does not hold the Inception weights"):
         InceptionExtractor("cpu", path)
 
 
@@ -127,4 +128,19 @@ def test_evaluate_scores_with_the_inception_network(weights, inception_evaluatio
 def test_evaluate_refuses_a_missing_weights_file(inception_evaluation, run, tmp_path):
     code, _, err = run("evaluate.py", *inception_evaluation, "--inception-weights", tmp_path / "none.pth")
     assert code == 1
-    assert "does not hold" in error_line(err)
+    assert "does not exist" in error_line(err)
+
+
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch):
+    seen = []
+
+    def download(*_):
+        seen.append(socket.getdefaulttimeout())
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    with pytest.raises(ExpectedError, match=r"cannot be downloaded \(timed out\)"):
+        canonical_weights()
+    assert seen == [30.0]
+    assert socket.getdefaulttimeout() is None

@@ -12,7 +12,7 @@ from torch import nn
 import models
 from checkpoint import load_generator, save_model
 from cli import ArgumentParser, add_training_flags, parse_training_args
-from networks.checks import check_int, check_request, evaluating
+from networks.checks import check_int, checked_labels, evaluating
 from recipes.run import Run
 
 
@@ -45,7 +45,7 @@ class Templates(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, labels=None, rng=None, *, steps=None, chunk_size=500, rows=slice(None)):
-        check_request(n, labels, self.config.num_classes, chunk_size)
+        labels = checked_labels(n, labels, self.config.num_classes, chunk_size)
         z = torch.randn(self.sample_options(steps=steps)["steps"], n, 28 * 28, generator=rng)
         labels = torch.randint(self.config.num_classes, (n,), generator=rng) if labels is None else labels
         with evaluating(self):

@@ -10,11 +10,12 @@ import shutil
 import signal
 
 import pytest
-from conftest import ROOT, error_line
+from conftest import ROOT, error_line, read_csv
 from forked import run_forked
 from trainers import TRAINERS, log_rows, same, training_file
 
 import callbacks
+import train_gan
 from checkpoint import load_generator, load_model, read_tensors
 from engine.guard import Guard
 from files import Interrupted
@@ -243,8 +244,8 @@ def resume_without(missing, folder, trainer, monkeypatch):
     """Resume the run in `folder` as if `missing`, a part or a field of the state, had not been saved."""
     restore, adopt_state = resume.restore, resume.adopt_state
 
-    def restore_the_others(parts, saved):
-        restore({name: part for name, part in parts.items() if name != missing}, saved)
+    def restore_the_others(parts, saved, factors):
+        restore({name: part for name, part in parts.items() if name != missing}, saved, factors)
 
     def adopt_the_others(state, saved, *sizes):
         adopt_state(state, saved, *sizes)
@@ -273,3 +274,67 @@ def test_every_saved_part_and_number_is_needed_to_resume(trainer, plateau_run, t
         except (IndexError, KeyError, ZeroDivisionError):
             unharmed = False
         assert unharmed == (missing == "nothing"), missing
+
+
+GAN_RUN = ["--dataset", "digits", "--width", 8, "--batch-size", 256, "--eval-samples", 100, "--device", "cpu", "--epochs", 1]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "plateau"])
+def test_a_resumed_run_may_change_its_learning_rates(schedule, run, tmp_path):
+    assert run("train_gan.py", *GAN_RUN, "--lr-schedule", schedule, "--out-dir", tmp_path)[0] == 0
+    code, out, err = run("train_gan.py", "--resume", "--epochs", 2, "--lr", 1e-5, "--d-lr", 2e-5, "--out-dir", tmp_path)
+    assert code == 0, err
+    assert "this run goes on with --epochs 2 (before: 1), --lr 1e-05 (before: 0.0005), --d-lr 2e-05 (before: 0.0015)" in out
+    rows = read_csv(tmp_path / "reports" / "gan_training_log.csv")
+    assert [row["lr"] for row in rows] == ["0.0005", "1e-05"]
+    assert [row["d_lr"] for row in rows] == ["0.0015", "2e-05"]
+    assert read_tensors(tmp_path / "checkpoints" / "last_GAN.pt")["flags"]["lr"] == 1e-5
+
+
+def test_the_cosine_of_a_resumed_run_falls_from_its_new_rate(run, tmp_path):
+    assert run("train_gan.py", *GAN_RUN, "--out-dir", tmp_path)[0] == 0
+    assert run("train_gan.py", "--resume", "--epochs", 2, "--lr", 1e-5, "--out-dir", tmp_path)[0] == 0
+    rows = read_csv(tmp_path / "reports" / "gan_training_log.csv")
+    assert 0 <= float(rows[1]["lr"]) <= 1e-5
+
+
+def test_a_resumed_run_is_checked_against_its_own_epochs(run, tmp_path):
+    assert train_gan.parse_args(["--resume", "--eval-every", "80"]).eval_every == 80  # more than the default --epochs
+    assert run("train_gan.py", *GAN_RUN, "--out-dir", tmp_path)[0] == 0
+    code, _, err = run("train_gan.py", "--resume", "--eval-every", 80, "--out-dir", tmp_path)
+    assert code == 2
+    assert "--eval-every 80 is more than the run's 1 epochs" in error_line(err)
+
+
+def test_a_resumed_run_may_be_scored_less_often_and_in_another_precision(run, tmp_path):
+    assert run("train_gan.py", *GAN_RUN, "--out-dir", tmp_path)[0] == 0
+    changes = ["--epochs", 3, "--eval-every", 2, "--precision", "bf16"]
+    code, _, err = run("train_gan.py", "--resume", *changes, "--out-dir", tmp_path)
+    assert code == 0, err
+    rows = read_csv(tmp_path / "reports" / "gan_training_log.csv")
+    assert [bool(row["fid"]) for row in rows] == [True, True, False]
+    assert read_tensors(tmp_path / "checkpoints" / "last_GAN.pt")["flags"]["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        (["--width", 16], "another shape"),
+        (["--batch-size", 128], "counts its steps"),
+        (["--seed", 1], "data and noise"),
+        (["--loss", "bce"], "another shape"),
+        (["--beta1", 0.5], "depends on it"),
+    ],
+)
+def test_what_a_resumed_run_cannot_change_is_refused_with_the_reason(flag, reason, run, tmp_path):
+    assert run("train_gan.py", *GAN_RUN, "--out-dir", tmp_path)[0] == 0
+    code, _, err = run("train_gan.py", "--resume", "--epochs", 2, *flag, "--out-dir", tmp_path)
+    assert code == 2
+    assert reason in error_line(err)
+
+
+def test_muon_cannot_be_switched_off_in_a_resumed_run(whole_run, trainer, run):
+    if trainer.prefix == "DIFF":
+        code, _, err = run(trainer.script, "--resume", "--epochs", 9, "--muon-lr", 0, "--out-dir", whole_run)
+        assert code == 2
+        assert "would train other weights" in error_line(err)

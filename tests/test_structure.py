@@ -67,7 +67,7 @@ def files_of(room: str) -> list[Path]:
 def imports(path: Path) -> set[str]:
     """Every module that a file imports, also within functions. `from a import b` counts as `a` and `a.b`."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
