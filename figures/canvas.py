@@ -6,12 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from unittest import mock
 
 from files import atomic_path
+
+with mock.patch.dict(os.environ, MPLBACKEND="agg"):  # matplotlib's import fails where that of a notebook is not installed
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 # What each format would otherwise record: a version, or the time
 METADATA = {".png": {"Software": None}, ".pdf": {"Creator": None, "Producer": None, "CreationDate": None}}

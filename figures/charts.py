@@ -8,14 +8,16 @@ from __future__ import annotations
 import itertools
 import os
 import textwrap
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.ticker import LogLocator, NullLocator
 
-from figures import canvas
+from figures import canvas  # before matplotlib, which it imports with a fixed backend
 from figures.measured import ABLATION_TITLES, label_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 STYLES = {  # model of metrics.json -> colour, marker, hatch
     "dcgan": ("#e69f00", "s", "//"),
@@ -72,6 +74,8 @@ def training_curves(path: str | os.PathLike[str], logs: dict[str, Rows]) -> None
 
 def _plain_numbers(axis: Axis) -> None:
     """Label a logarithmic axis with a few plain numbers, such as 20 and 0.5, instead of powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     axis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())

@@ -104,7 +104,7 @@ def test_pictures_do_not_depend_on_matplotlibs_settings(tmp_path):
     settings = tmp_path / "matplotlibrc"
     settings.write_text("image.origin: lower\nfigure.facecolor: red\n", encoding="utf-8")
     pictures, tiny = [], tiny_ddpm(tmp_path)
-    for name, env in (("plain", {}), ("odd", {"MATPLOTLIBRC": str(settings), "MPLBACKEND": "module://no_such_backend"})):
+    for name, env in (("plain", {}), ("odd", {"MATPLOTLIBRC": str(settings), "MPLBACKEND": "no_such_backend"})):
         out = tmp_path / f"{name}.png"
         result = run_process("infer.py", "--diff-model", tiny, "--n", 4, "--steps", 2, "--out", out, **env)
         assert result.returncode == 0, result.stderr
