@@ -26,7 +26,7 @@ from engine import distributed
 from figures import images
 from files import ExpectedError, Interrupted, is_first, say, write_csv
 from loop import Callback, StopSignals, TrainState
-from utils import keyed_generator
+from utils import sampling_rng
 
 # --------------------------------------------------------------------------------------------------------------------
 # Average, scoring, stopping, learning rate
@@ -261,8 +261,7 @@ class ProgressGIF(Callback):
 
     def _draw(self, number: int) -> None:
         with self.signals.at_once():  # a resumed run draws the frame again, in the same place
-            rng = keyed_generator("cpu", self.seed, "progress")
-            samples = to_uint8(self.model.sample(self.n, self.labels, rng, **self.options))
+            samples = to_uint8(self.model.sample(self.n, self.labels, sampling_rng(self.seed), **self.options))
         self.frames[number:] = [torch.from_numpy(images.image_grid(samples, self.columns))]
 
     def state_dict(self) -> dict:

@@ -221,7 +221,7 @@ ETA = number(f"[0, {max(MAX_ETA.values()):g}]")
 GUIDANCE = number(f"[0, {MAX_GUIDANCE}]")
 OUT_DIR = ("--out-dir", "--outdir")  # every script takes both
 DATA_DIR_HELP = "where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)"
-DEVICE_HELP = "auto, cpu, cuda, cuda:1, ..."
+DEVICE_HELP = "auto, cpu, cuda, cuda:1, ..., or mps (an Apple GPU, never chosen by auto)"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -246,6 +246,7 @@ DIFFUSION_REFERENCE = {
     "timesteps": 1000,
     "schedule": "linear",
     "prediction": "eps",
+    "black": -1.0,
     "time_power": 1.0,
     "stable_targets": 0.0,
     "muon_lr": 0.0,
@@ -365,6 +366,12 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--timesteps", type=integer(1), default=1000, help="noise levels of the forward process")
     flag("--schedule", choices=("linear", "cosine"), default="cosine", help="how the noise grows with time")
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
+    flag(
+        "--black",
+        type=number("[-2, -1]"),
+        default=-1.08,
+        help="the value of black pixels that the network learns; below -1, a small error of it still decodes to black",
+    )
     flag(
         "--time-power",
         type=number("(0, inf)"),

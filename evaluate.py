@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     from engine import distributed
     from scoring.scorer import FullScorer, proportional_labels
     from scoring.table import Table, plan
-    from utils import choose_device, keyed_generator, provenance
+    from utils import choose_device, provenance, sampling_rng, scoring_device
 
     # Load the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
@@ -105,10 +105,11 @@ def main(argv: list[str] | None = None) -> None:
     generators = {model: load_generator(model, device) for model in models}
     check_outputs(*(("the table", args.out_dir / table, (".csv", ".json")) for table in TABLES))
     jobs = plan(generators, options_of(args, generators))
-    extractor = load_extractor(args, device)
+    scoring = scoring_device(device)
+    extractor = load_extractor(args, scoring)
     data_dir = args.data_dir or data.default_data_dir()
     with distributed.first_before_others():
-        train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
+        train, test = (data.load_digits("mnist", split, data_dir, scoring) for split in ("train", "test"))
     target = train if args.n > len(test) else test
     origin = {"versions": provenance(), "extractor_sha256": extractor.sha256}
     evaluations = args.seeds * args.n * sum(job.evaluations for job in jobs)
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             scores = []
             for seed in range(args.seed, args.seed + args.seeds):
                 labels = proportional_labels(target, args.n, seed) if job.with_labels else None
-                samples, cost = job.draw(args.n, labels, keyed_generator("cpu", seed, "evaluate"), bar)
+                samples, cost = job.draw(args.n, labels, sampling_rng(seed), bar)
                 figures, digits = scorer.score(data.to_uint8(samples), seed, labels)
                 scores.append((cost | figures, digits))
             bar.clear()

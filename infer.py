@@ -18,10 +18,9 @@ from cli import (
     sampling_options,
 )
 from files import PICTURES, UsageError, check_outputs, find_default
-from utils import choose_device, keyed_generator
+from utils import choose_device, sampling_rng
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -82,11 +81,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # Real digits and samples, uint8 [n, 1, 28, 28] each
     title, real = real_digits(args)
-    gan_samples = to_uint8(gan.sample(args.n, rng=noise_source(args)))
+    gan_samples = to_uint8(gan.sample(args.n, rng=sampling_rng(args.seed)))
     denoising = None
     if args.denoising_gif:
         options["watch"] = denoising = Denoising(diffusion.config.timesteps)
-    diffusion_samples = to_uint8(diffusion.sample(args.n, rng=noise_source(args), **options))
+    diffusion_samples = to_uint8(diffusion.sample(args.n, rng=sampling_rng(args.seed), **options))
 
     # Draw
     panels = [
@@ -99,11 +98,6 @@ def main(argv: list[str] | None = None) -> None:
     if denoising:
         denoising.write(args.denoising_gif, diffusion_samples)
         print(f"wrote {args.denoising_gif}")
-
-
-def noise_source(args: argparse.Namespace) -> torch.Generator:
-    """The random generator of a panel."""
-    return keyed_generator("cpu", args.seed, "infer")
 
 
 def describe(generator: Any, file: str) -> str:

@@ -18,7 +18,7 @@ from cli import (
     sampling_options,
 )
 from files import UsageError, check_writable, find_default
-from utils import choose_device, keyed_generator
+from utils import choose_device, sampling_rng
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -104,7 +104,7 @@ def draw(generator: Any, digit: int, n: int, seed: int, options: dict[str, Any])
     from data import to_uint8
 
     labels = torch.full((n,), digit)
-    return to_uint8(generator.sample(n, labels, keyed_generator("cpu", seed, "inference", digit), **options)).cpu()
+    return to_uint8(generator.sample(n, labels, sampling_rng(seed), **options)).cpu()
 
 
 if __name__ == "__main__":

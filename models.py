@@ -9,11 +9,14 @@ It samples in eval mode. Each network evaluation is a call of the generator itse
 
     labels: integers [n], the classes to draw, in anything that `torch.as_tensor` takes; or one integer for all images.
         None: an unconditional model has none, the conditional DCGAN draws them uniformly, the DDPM samples its null class.
-    rng: CPU generator of all randomness. None: torch's global one.
-    chunk_size: images in a forward pass. It bounds the memory and does not change the noise.
-    rows: which of the n images to compute and return. An image is the same for every `rows`.
+    rng: CPU generator, of which one key is drawn. None: torch's global one.
+    chunk_size: images in a forward pass. It bounds the memory.
+    rows: which of the n images to compute and return, a slice of step 1.
     options: those named in the class's `SAMPLE_OPTIONS`. A class that has any also has `sample_options(with_labels,
         **options)`, which fills in the defaults, and `evaluations(**options)`, the network evaluations of one image.
+
+All noise is keyed by that key and the image's position. So image i is the same picture whatever n, `chunk_size`, `rows` and
+the other labels are. Its pixels differ by rounding: by a grey level at most in fp32.
 
 The network computes in its own dtype. `sample` raises `ValueError` for n below 1, labels of a wrong shape, type or class,
 and options out of their bounds.
@@ -22,6 +25,7 @@ and options out of their bounds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +36,13 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from diffusion import process, samplers
 from diffusion.options import OPTION_NAMES, SamplingOptions
-from networks.checks import check_choice, check_int, checked_labels, evaluating
+from networks.checks import check_choice, check_int, check_number, checked_labels, evaluating
 from networks.classifier import ClassifierConfig, DigitClassifier
 from networks.unet import UNet
-from utils import autocast
+from utils import SamplingNoise, autocast, sampling_key
 
 NORMS = ("batch", "spectral", "none")
-CHUNK_SIZE = {"cpu": 250, "cuda": 2000}  # images of one evaluation in diffusion sampling, see docs/speed.md
+CHUNK_SIZE = {"cpu": 250, "mps": 250, "cuda": 2000}  # images of one evaluation in diffusion sampling, see docs/speed.md
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -152,12 +156,12 @@ class Generator(nn.Module):
     ) -> Tensor:
         """Draw `n` images, as described at the head of this file."""
         labels = checked_labels(n, labels, self.config.num_classes, chunk_size)
-        z = torch.randn(n, self.config.latent_dim, generator=rng, dtype=torch.float32).to(self.stem.weight.dtype)
-        if labels is None and self.config.num_classes:
-            labels = torch.randint(self.config.num_classes, (n,), generator=rng)
+        noise = SamplingNoise(sampling_key(rng), "start", range(n)[rows], "cpu")
+        inputs = [noise.normal(self.config.latent_dim).to(self.stem.weight.dtype)]
+        if self.config.num_classes:
+            inputs.append(noise.integers(self.config.num_classes) if labels is None else labels[rows])
         with evaluating(self) as device:
-            inputs = (tensor[rows].to(device).split(chunk_size) for tensor in (z, labels) if tensor is not None)
-            return torch.cat([self(*chunk) for chunk in zip(*inputs)])
+            return torch.cat([self(*chunk) for chunk in zip(*(tensor.to(device).split(chunk_size) for tensor in inputs))])
 
 
 class Discriminator(nn.Module):
@@ -220,13 +224,17 @@ def _init_weights(module: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DDPMConfig:
-    """`width`: channels of the U-Net at 28x28. The others: see diffusion/process.py. `num_classes=0`: unconditional."""
+    """`width`: channels of the U-Net at 28x28. `num_classes=0`: unconditional. `black`: see `DDPM.encode`.
+
+    The others: see diffusion/process.py.
+    """
 
     width: int = 16
     num_classes: int = 10
     timesteps: int = 1000
     schedule: str = "cosine"
     prediction: str = "v"
+    black: float = -1.0
 
     def __post_init__(self) -> None:
         check_int(self, "width", 8, 128, step=8)
@@ -234,6 +242,7 @@ class DDPMConfig:
         check_int(self, "timesteps", 2, 100_000)
         check_choice(self, "schedule", process.SCHEDULES)
         check_choice(self, "prediction", process.PREDICTIONS)
+        check_number(self, "black", -2, -1)
 
 
 class DDPM(nn.Module):
@@ -256,8 +265,19 @@ class DDPM(nn.Module):
         """The prediction [B, 1, 28, 28] for noisy x at times int64 [B], with labels int64 [B] in 0..num_classes."""
         return self.unet(x, time * (1000 / self.config.timesteps), labels)
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as the network learns them: their black pixels, exactly -1, become `config.black`.
+
+        The gap below -1 keeps black black. Where the network errs by a grey level or two, `decode` still gives -1.
+        """
+        return images.masked_fill(images == -1, self.config.black)
+
+    def decode(self, estimates: Tensor) -> Tensor:
+        """The inverse of `encode`: what lies in the gap is black."""
+        return estimates.clamp(-1, 1)
+
     def denoise(self, x: Tensor, level: process.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
-        """The network's estimate of x0, in [-1, 1], for x [B, 1, 28, 28] at a noise level. The samplers call it.
+        """The network's estimate of x0, in [black, 1], for x [B, 1, 28, 28] at a noise level. The samplers call it.
 
         Guidance scale w gives u + w (c - u), where c is the prediction for the labels and u that for the null class (Ho &
         Salimans 2022, eq. 6, whose w is ours minus 1). So 0 is u, and 1 is c. Another scale takes two evaluations within
@@ -271,7 +291,8 @@ class DDPM(nn.Module):
             both = self(x.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([null, labels]))
             unconditional, conditional = both.chunk(2)
             output = torch.lerp(unconditional, conditional, guidance)
-        return process.clean_estimate(self.config.prediction, output, x, level.alpha, level.sigma).clamp(-1, 1)
+        x0 = process.clean_estimate(self.config.prediction, output, x, level.alpha, level.sigma)
+        return x0.clamp(self.config.black, 1)
 
     @torch.no_grad()
     def sample(
@@ -302,22 +323,22 @@ class DDPM(nn.Module):
             labels = torch.full((n,), self.config.num_classes)
         elif guidance and chosen.sampler == "dpm-solver++":
             stochasticity["renewed_below"] = float("inf")  # a given digit cannot be drawn too often, see dpm_solver
-        noise = torch.randn(n, 1, 28, 28, generator=rng, dtype=torch.float32)
-        step_seed = int(torch.randint(2**62, (), generator=rng))
+        key = sampling_key(rng)
         with evaluating(self) as device, autocast(device, chosen.precision):
-            labels = labels.to(device)
+            labels = labels[rows].to(device)
+            start = SamplingNoise(key, "start", range(n)[rows], "cpu").normal(1, 28, 28).to(device)
+            steps = SamplingNoise(key, "steps", range(n)[rows], device)
 
             def denoise(x: Tensor, level: process.Level) -> Tensor:
-                clean = torch.zeros_like(x)  # rows that are not returned stay zero: samplers treat each image alone
-                chunks = (tensor[rows].split(chunk_size) for tensor in (x, labels, clean))
-                for images, classes, estimate in zip(*chunks):
+                clean = torch.empty_like(x)
+                for images, classes, estimate in zip(*(tensor.split(chunk_size) for tensor in (x, labels, clean))):
                     if watch:
                         watch(images, level)
                     estimate.copy_(self.denoise(images, level, classes, guidance))
                 return clean
 
-            step_rng = torch.Generator(device).manual_seed(step_seed)
-            return samplers.SAMPLERS[chosen.sampler](denoise, noise.to(device), grid, step_rng, **stochasticity)[rows]
+            normal = functools.partial(steps.normal, 1, 28, 28)
+            return self.decode(samplers.SAMPLERS[chosen.sampler](denoise, start, grid, normal, **stochasticity))
 
     def _resolved(self, with_labels: bool, **options: Any) -> SamplingOptions:
         return SamplingOptions(**options).resolved(self.config.timesteps, self.config.num_classes, with_labels)

@@ -92,7 +92,7 @@ def draw_samples(args: argparse.Namespace, models: list[Row]) -> None:
     from checkpoint import file_sha256, load_generator
     from figures import charts, images
     from figures.measured import label_of
-    from utils import choose_device, has_bf16, keyed_generator
+    from utils import choose_device, has_bf16, sampling_rng
 
     device = choose_device(args.device)
     train = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device).images
@@ -105,8 +105,7 @@ def draw_samples(args: argparse.Namespace, models: list[Row]) -> None:
         options = {name: row[name] for name in ("sampler", "steps", "eta", "guidance") if row.get(name) is not None}
         if options:
             options["precision"] = row["dtype"] if has_bf16(device) else "fp32"
-        rng = keyed_generator("cpu", 0, "report")
-        samples = data.to_uint8(generator.sample(data.NUM_CLASSES * SAMPLE_COLUMNS, labels, rng, **options))
+        samples = data.to_uint8(generator.sample(data.NUM_CLASSES * SAMPLE_COLUMNS, labels, sampling_rng(0), **options))
         images.write_png(args.reports / sample_file(row), images.image_grid(samples, SAMPLE_COLUMNS))
         shown = samples[:: SAMPLE_COLUMNS * data.NUM_CLASSES // NEIGHBOUR_COLUMNS][:NEIGHBOUR_COLUMNS]
         distances = torch.cdist(shown.flatten(1).float(), train.flatten(1).float())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cli import DATA_DIR_HELP, DEVICE_HELP, LEARNING_RATE, OUT_DIR, SEED, ArgumentParser, expanded_path, integer, run_script
 from files import UsageError, check_writable
-from utils import autocast, choose_device, keyed_generator, provenance, resolve_precision
+from utils import autocast, choose_device, keyed_generator, provenance, resolve_precision, scoring_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,8 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     if not args.statistics_only:
         train_classifier(args, device, data_dir, file)
 
-    extractor = Extractor(device, file, sha256="")
-    test = data.load_digits("mnist", "test", data_dir, device)
+    extractor = Extractor(scoring_device(device), file, sha256="")
+    test = data.load_digits("mnist", "test", data_dir, extractor.device)
     errors, loss = errors_and_loss(extractor.network, test)
     score = inception_score(extractor(test.images)[1], keyed_generator("cpu", args.seed, "splits"))
     accuracy = 100 * (1 - errors / len(test))

@@ -38,18 +38,28 @@ def choose_device(name: str = "auto") -> torch.device:
         name = f"cuda:{processes().local_rank}"  # each of torchrun's processes has its own GPU
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.zeros(1, device=device)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("only cpu, cuda and mps are supported")
+        if device.type != "mps":
+            torch.zeros(1, device=device)
+        elif not torch.backends.mps.is_available():
+            raise RuntimeError("PyTorch finds no Apple GPU")
     except (RuntimeError, AssertionError) as error:
         first_line = str(error).splitlines()[0]
         raise UsageError(f"device {name!r} cannot be used here ({first_line}); try --device cpu") from error
     if device.type == "cpu":
         _keep_freed_memory()
-    else:
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: figures are compared across devices
     return device
+
+
+def scoring_device(device: torch.device) -> torch.device:
+    """Where the samples of a model on `device` are scored. The metrics need float64, which Apple's GPUs do not have."""
+    import torch
+
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _keep_freed_memory() -> None:
@@ -76,8 +86,9 @@ def ask_for_huge_pages() -> None:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` becomes bf16 on a GPU that has it, and fp32 elsewhere."""
+    """`auto` becomes bf16 on a CUDA GPU that has it, and fp32 elsewhere. Errors as for `autocast`."""
     if name != "auto":
+        autocast(device, name)
         return name
     return "bf16" if device.type == "cuda" and has_bf16(device) else "fp32"
 
@@ -87,6 +98,8 @@ def has_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for bf16. A CPU that does not tell (torch 2.10) counts as having them."""
     import torch
 
+    if device.type == "mps":
+        return False
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
@@ -94,9 +107,15 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Autocast to bfloat16 for `precision='bf16'`; a context that does nothing for `fp32`."""
+    """Autocast to bfloat16 for `precision='bf16'`; a context that does nothing for `fp32`.
+
+    Raises:
+        UsageError: bf16 on an Apple GPU, where nobody has tried it.
+    """
     import torch
 
+    if precision == "bf16" and device.type == "mps":
+        raise UsageError("an Apple GPU computes in fp32 here; give --precision fp32")
     if precision == "bf16" and not has_bf16(device):
         _note_emulation(device.type)
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
@@ -135,6 +154,56 @@ def reseeded(generator: torch.Generator, *key: int | str) -> torch.Generator:
     """The same generator, set to the beginning of the sequence of `keyed_generator` with that key."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return generator.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def sampling_rng(seed: int) -> torch.Generator:
+    """The generator that every script samples with: the same model, seed, labels and options mean the same pictures."""
+    return keyed_generator("cpu", seed, "samples")
+
+
+def sampling_key(rng: torch.Generator | None) -> int:
+    """The one number that a call of `sample` draws from `rng`. None: torch's global generator."""
+    import torch
+
+    return int(torch.randint(2**62, (), generator=rng))
+
+
+NOISE_BLOCK = 32  # images that share a generator: enough to be fast, few enough that a single image wastes little
+
+
+class SamplingNoise:
+    """The random numbers of one call of `sample`. Those of image i depend on the key and on i, not on the other images.
+
+    Args:
+        key: of the call; `purpose` tells several streams of one call apart.
+        images: the numbers of the images, a range of step 1.
+        device: where the numbers are drawn. Another device draws other numbers.
+    """
+
+    def __init__(self, key: int, purpose: str, images: range, device: torch.device | str):
+        blocks = range(images.start // NOISE_BLOCK, -(-images.stop // NOISE_BLOCK))
+        self.device = device
+        self.generators = [keyed_generator(device, key, purpose, block) for block in blocks]
+        first = images.start % NOISE_BLOCK
+        self.rows = slice(first, first + len(images))
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """The next standard normal numbers, float32 [images, *shape]."""
+        import torch
+
+        numbers = torch.empty(len(self.generators) * NOISE_BLOCK, *shape, dtype=torch.float32, device=self.device)
+        for block, generator in zip(numbers.split(NOISE_BLOCK), self.generators):
+            block.normal_(generator=generator)
+        return numbers[self.rows]
+
+    def integers(self, below: int) -> torch.Tensor:
+        """The next uniform integers in 0..below-1, int64 [images]."""
+        import torch
+
+        numbers = torch.empty(len(self.generators) * NOISE_BLOCK, dtype=torch.int64, device=self.device)
+        for block, generator in zip(numbers.split(NOISE_BLOCK), self.generators):
+            block.random_(below, generator=generator)
+        return numbers[self.rows]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What each choice for speed gives: our training steps, and evaluations in sampling, with one choice undone at a time.
 
-There are four tables: the GAN's step, the conditional GAN's, the diffusion model's, and an evaluation in sampling. The
-conditional GAN's table holds only choices that matter there in another way than for the GAN.
+There are five tables: the GAN's step, the conditional GAN's, the diffusion model's, an evaluation in sampling, and a whole
+call of `sample`. The conditional GAN's table holds only choices that matter there in another way than for the GAN.
 
 Each changed loop is timed beside the loop as it is. The two run in turn, each in a process of its own, as in a training. A
 ratio below 1 means that the choice pays. The result is printed.
@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from train_step import loader
 
 import data
+import models
 import train_cgan
 import train_diffusion
 import train_gan
@@ -45,7 +46,7 @@ from loop import TrainState
 from models import CHUNK_SIZE, ClassBatchNorm2d, GeneratorConfig
 from networks.unet import AdaptiveGroupNorm, Attention
 from recipes import ddpm, gan
-from utils import ask_for_huge_pages, choose_device
+from utils import SamplingNoise, ask_for_huge_pages, choose_device, keyed_generator
 
 AS_IS = "as it is"
 NO_GRAPH = "no CUDA graph"
@@ -63,6 +64,7 @@ ONE_PASS = "scale and shift after the norm"
 GAN = ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
 CGAN = ["class gains in fp32", NO_GRAPH, ALLOCATOR]
 DIFFUSION = ["channels last", "fused attention", ONE_PASS, *SHARED]
+ONE_STREAM = "one stream of noise"
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
 CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
 CHUNK_CHOICES = [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     flag(
         "--undo",
         nargs="+",
-        choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING}),
+        choices=sorted({*GAN, *CGAN, *DIFFUSION, *SAMPLING, ONE_STREAM}),
         help="undo these choices only (default: all)",
     )
     add_timing_flags(parser)
@@ -113,7 +115,7 @@ def possible(choices: list[str], device: torch.device) -> list[str]:
 
 def sized(args: argparse.Namespace, what: str, device: torch.device) -> argparse.Namespace:
     """The arguments, with the number of images in a step of that table."""
-    batch_size = SAMPLED[device.type] if what == "sampling" else args.batch_size
+    batch_size = SAMPLED[device.type] if what in ("sampling", "call") else args.batch_size
     return argparse.Namespace(**vars(args) | {"batch_size": batch_size})
 
 
@@ -210,11 +212,23 @@ def sampling_loop(_args: argparse.Namespace, digits: data.Digits, precision: str
         yield
 
 
+def call_loop(_args: argparse.Namespace, digits: data.Digits, precision: str, choice: str) -> Iterator[None]:
+    """Each advance is a call of the diffusion model's `sample` for `SAMPLED` images, with the default options."""
+    device = digits.images.device
+    network: Any = our_network(device)
+    if choice == ONE_STREAM:
+        models.SamplingNoise = OneStream  # type: ignore[misc]  # the choice is undone
+    while True:
+        network.sample(SAMPLED[device.type], precision=precision)
+        yield
+
+
 TABLES: dict[str, tuple[Callable[..., Iterator[None]], list[str]]] = {
     "gan": (gan_loop, GAN),
     "cgan": (functools.partial(gan_loop, classes=data.NUM_CLASSES), CGAN),
     "diffusion": (diffusion_loop, DIFFUSION),
     "sampling": (sampling_loop, SAMPLING),
+    "call": (call_loop, [ONE_STREAM]),
 }
 
 
@@ -263,6 +277,18 @@ FORWARD: dict[str, tuple[type[nn.Module], Callable[..., Tensor]]] = {
     ONE_PASS: (AdaptiveGroupNorm, scale_and_shift_after),
     "class gains in fp32": (ClassBatchNorm2d, gains_in_fp32),
 }
+
+
+class OneStream(SamplingNoise):
+    """All images' noise from one generator: an image depends on how many there are."""
+
+    def __init__(self, key: int, purpose: str, images: range, device: torch.device | str):
+        self.device = device
+        self.images = images
+        self.generator = keyed_generator(device, key, purpose)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(len(self.images), *shape, generator=self.generator, device=self.device)
 
 
 class ConvolutionStem(nn.Module):

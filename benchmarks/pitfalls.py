@@ -175,7 +175,10 @@ def ancestral(ddpm: DDPM, grid: list[process.Level], precision: str) -> Sample:
                     bar.update(len(x))
                     return ddpm.denoise(x, level, classes)
 
-                parts.append(samplers.ddpm(denoise, x.to(device), grid, step_rng))
+                def normal(x: Tensor = x) -> Tensor:
+                    return torch.randn(x.shape, generator=step_rng, device=device)
+
+                parts.append(samplers.ddpm(denoise, x.to(device), grid, normal))
         return torch.cat(parts)
 
     return sample

@@ -123,6 +123,6 @@ def stratified_times(n: int, timesteps: int, rng: torch.Generator, power: float 
     With power 1 every time is equally likely. A smaller power favours noisy times, where the large shapes are decided.
     The u are an even grid with one random offset, so the loss of a batch varies less (Kingma et al. 2021, appendix I.1).
     """
-    offset = torch.rand(1, generator=rng, device=rng.device, dtype=torch.float64)
-    grid = torch.arange(n, device=rng.device, dtype=torch.float64) / n
+    offset = torch.rand(1, generator=rng, device=rng.device, dtype=torch.float32)
+    grid = torch.arange(n, device=rng.device, dtype=torch.float32) / n
     return (((offset + grid) % 1) ** power * timesteps).long().clamp(max=timesteps - 1)

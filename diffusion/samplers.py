@@ -22,12 +22,12 @@ import itertools
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from diffusion.process import CLEAN, Level
 
-Denoise = Callable[[Tensor, Level], Tensor]
+Denoise = Callable[[Tensor, Level], Tensor]  # (x, level) -> the estimate of x0
+Normal = Callable[[], Tensor]  # -> the next standard normal noise, in the shape of x
 
 NOISE_RANGE = (12.0, 0.08)  # of `noise_grid`: the noise-to-signal ratios between which it spaces its levels
 RHO = 7  # of `noise_grid`: its levels are evenly spaced in (sigma / alpha)^(1/RHO)
@@ -88,11 +88,11 @@ def evaluations(level: Level, guidance: float) -> int:
 # Samplers: standard normal x [B, ...] at the first level of `grid` -> an estimate of x0 [B, ...]
 
 
-def ddpm(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator) -> Tensor:
+def ddpm(denoise: Denoise, x: Tensor, grid: list[Level], normal: Normal) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), with the variance of the posterior. The last step adds no noise."""
     for now, then in itertools.pairwise(grid):
         mean, variance = posterior(denoise(x, now), x, now, then)
-        x = mean + math.sqrt(variance) * _normal_like(x, rng) if variance else mean
+        x = mean + math.sqrt(variance) * normal() if variance else mean
     return x
 
 
@@ -108,7 +108,7 @@ def posterior(x0: Tensor, x: Tensor, now: Level, then: Level) -> tuple[Tensor, f
     return mean, variance
 
 
-def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, eta: float = 0.0) -> Tensor:
+def ddim(denoise: Denoise, x: Tensor, grid: list[Level], normal: Normal, eta: float = 0.0) -> Tensor:
     """Song et al. 2021, eq. 12, of first order: deterministic for eta = 0, ancestral sampling for eta = 1.
 
     The noise is computed from the estimate of x0, also where `denoise` has clipped that to the range of images.
@@ -119,7 +119,7 @@ def ddim(denoise: Denoise, x: Tensor, grid: list[Level], rng: torch.Generator, e
         noise = eta * then.sigma / now.sigma * math.sqrt(1 - (now.alpha / then.alpha) ** 2)  # eq. 16
         x = then.alpha * x0 + math.sqrt(then.sigma**2 - noise**2) * eps
         if noise:
-            x = x + noise * _normal_like(x, rng)
+            x = x + noise * normal()
     return x
 
 
@@ -127,7 +127,7 @@ def dpm_solver(
     denoise: Denoise,
     x: Tensor,
     grid: list[Level],
-    rng: torch.Generator,
+    normal: Normal,
     eta: float = 0.0,
     renewed_below: float = RENEWED_BELOW,
 ) -> Tensor:
@@ -154,13 +154,9 @@ def dpm_solver(
         renewed = eta**2 * step if adds_noise else 0.0  # how often, on a logarithmic scale, the noise of x is replaced
         x = then.sigma / now.sigma * math.exp(-renewed) * x - then.alpha * math.expm1(-step - renewed) * estimate
         if adds_noise and then.sigma:
-            x = x + then.sigma * math.sqrt(-math.expm1(-2 * renewed)) * _normal_like(x, rng)
+            x = x + then.sigma * math.sqrt(-math.expm1(-2 * renewed)) * normal()
         previous, previous_step = x0, step
     return x
-
-
-def _normal_like(x: Tensor, rng: torch.Generator) -> Tensor:
-    return torch.randn(x.shape, generator=rng, device=x.device, dtype=x.dtype)
 
 
 SAMPLERS: dict[str, Callable[..., Tensor]] = {"ddpm": ddpm, "ddim": ddim, "dpm-solver++": dpm_solver}

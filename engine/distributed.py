@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from files import ExpectedError, is_first, is_out_of_memory, processes
+from files import ExpectedError, UsageError, is_first, is_out_of_memory, processes
 
 
 class Left(ExpectedError):
@@ -37,10 +37,13 @@ def join(device: torch.device) -> None:
     """Connect to the other processes: NCCL between GPUs, gloo between CPUs. From now on only the first one prints.
 
     Raises:
+        UsageError: the device is an Apple GPU.
         ExpectedError: the connection fails.
     """
     if count() == 1 or dist.is_initialized():
         return
+    if device.type == "mps":
+        raise UsageError("several processes need CPUs or CUDA GPUs; give --device cpu, or start one process")
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     except (ValueError, RuntimeError) as error:

@@ -42,7 +42,8 @@ class Guard:
         finite = loss.isfinite() & norm.isfinite()
         for optimizer in optimizers:
             optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]  # torch.amp's flag: 1 skips the step
-            optimizer.step()
+            if not _ignores_flag(finite.device) or finite:
+                optimizer.step()
         self._finite = finite if self._finite is None else self._finite & finite
         return torch.where(finite, loss.detach(), torch.nan)
 
@@ -55,6 +56,11 @@ class Guard:
         for kept, buffer in zip(self._kept, self._buffers):
             buffer.copy_(torch.where(self._finite, buffer, kept))
         distributed.average([buffer for buffer in self._buffers if buffer.is_floating_point()])
+
+
+def _ignores_flag(device: torch.device) -> bool:
+    """Whether fused optimizers ignore the flag, so that the update waits for it (Apple GPUs: pytorch#186360)."""
+    return device.type == "mps"
 
 
 def average_over_processes(loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:

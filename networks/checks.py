@@ -22,6 +22,13 @@ def check_int(config: object, name: str, low: int, high: int, step: int = 1) -> 
         raise ValueError(f"{type(config).__name__}.{name} must be {kind} in {low}..{high}, not {reprlib.repr(value)}")
 
 
+def check_number(config: object, name: str, low: float, high: float) -> None:
+    """`ValueError` unless the field is a number in low..high."""
+    value = getattr(config, name)
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise ValueError(f"{type(config).__name__}.{name} must be a number in {low}..{high}, not {reprlib.repr(value)}")
+
+
 def check_choice(config: object, name: str, choices: tuple[str, ...]) -> None:
     """`ValueError` unless the field is one of the choices."""
     value = getattr(config, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 
 import torch
@@ -34,8 +35,8 @@ class StableTargets:
     digit that x_t was made from. The expected gradient is the same. The `share` of a batch with the most noise gets it.
     """
 
-    def __init__(self, digits: data.Digits, share: float):
-        self.images = data.to_model_range(digits.images).flatten(1)  # [N, 784]
+    def __init__(self, model: DDPM, digits: data.Digits, share: float):
+        self.images = model.encode(data.to_model_range(digits.images)).flatten(1)  # [N, 784]
         self.squares = self.images.square().sum(1)  # [N]
         self.labels = digits.labels  # [N]
         self.share = share
@@ -98,6 +99,7 @@ class DiffusionStep:
         rows = distributed.share(len(images))
         optimizers = list(self.optimizers.values())
         self.guard.keep()
+        images = self.model.encode(images)  # [B, 1, 28, 28]
 
         # Times, noise, dropped labels
         time = process.stratified_times(len(images), config.timesteps, self.rng, self.time_power)  # [B]
@@ -169,7 +171,8 @@ def assemble(
     rows = distributed.share(args.batch_size)
     if digits.images.is_cuda and rows.stop - rows.start > MOST_ON_GPU:
         raise ValueError(f"--batch-size {args.batch_size} is more than {MOST_ON_GPU} images for each GPU")
-    model = build("ddpm", width=args.width, timesteps=args.timesteps, schedule=args.schedule, prediction=args.prediction)
+    options = {name: getattr(args, name) for name in ("width", "timesteps", "schedule", "prediction", "black")}
+    model = build("ddpm", **options)
     model.to(digits.images.device)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, precision)
     step = DiffusionStep(
@@ -181,7 +184,7 @@ def assemble(
         grad_clip=args.grad_clip,
         label_dropout=args.label_dropout,
         time_power=args.time_power,
-        stable_targets=StableTargets(digits, args.stable_targets) if args.stable_targets else None,
+        stable_targets=StableTargets(model, digits, args.stable_targets) if args.stable_targets else None,
     )
     return model, optimizers, step
 
@@ -206,10 +209,10 @@ def load_weights(model: DDPM, path: str) -> str:
     """Give `model` the weights of a checkpoint. Returns the first 16 digits of the file's SHA-256, for the record.
 
     Raises:
-        UsageError: the file holds another model, or one of another config.
+        UsageError: the file holds another model, or one of another config; `black` may differ.
     """
     source = load_generator(path)
-    if source.model_name != "ddpm" or source.config != model.config:
+    if source.model_name != "ddpm" or dataclasses.replace(source.config, black=model.config.black) != model.config:
         raise UsageError(f"--init {path} holds a {source.model_name} with {source.config}, and this is {model.config}")
     model.load_state_dict(source.state_dict())
     return file_sha256(path)[:16]

@@ -23,7 +23,7 @@ from loop import Callback, StopSignals, TrainState, fit
 from recipes import resume
 from scoring.extractor import Extractor
 from scoring.scorer import training_scorer
-from utils import choose_device, make_deterministic, provenance, resolve_precision
+from utils import choose_device, make_deterministic, provenance, resolve_precision, scoring_device
 
 EVAL_SAMPLES = {"mnist": 10_000, "digits": 700}
 SLOW_EVAL_SAMPLES = {"mnist": 1_000, "digits": 700}  # of a model with many network evaluations an image, on a CPU
@@ -38,7 +38,7 @@ class Run:
 
     A trainer reads `args` (those of the resumed run, if there is one), `device`, `precision`, `digits` and `state` from it.
     Then it builds its networks and its step, and gives them to `train`. `slow_sampling`: an image takes many network
-    evaluations, so fewer samples are scored on a CPU.
+    evaluations, so fewer samples are scored without a CUDA GPU.
 
     Raises:
         UsageError: a batch size larger than the data set, or flags that contradict the resumed run.
@@ -62,7 +62,7 @@ class Run:
         distributed.join(self.device)
         self.precision = resolve_precision(args.precision, self.device)
         args.precision = self.precision
-        sizes = SLOW_EVAL_SAMPLES if slow_sampling and self.device.type == "cpu" else EVAL_SAMPLES
+        sizes = SLOW_EVAL_SAMPLES if slow_sampling and self.device.type != "cuda" else EVAL_SAMPLES
         args.eval_samples = args.eval_samples or sizes[args.dataset]
         if args.deterministic:
             make_deterministic()
@@ -169,7 +169,7 @@ class Run:
         """The callbacks after the EMA, by name. Their order is the contract; see callbacks.py."""
         args = self.args
         conditional = sampled.config.num_classes > 0
-        extractor = Extractor(self.device)
+        extractor = Extractor(scoring_device(self.device))
         scorer = training_scorer(self.digits, extractor, args.eval_samples, args.seed, conditional, options, two_way)
         shown = torch.arange(data.NUM_CLASSES).repeat_interleave(GIF_COLUMNS) if conditional else None
         gif = self.path("samples", "progress.gif")

@@ -101,7 +101,8 @@ def measure_reference(digits: Digits, extractor: Extractor, floor_sizes: tuple[i
     """Statistics of a training set, with the floor of each size that is at most half of it."""
     features, _ = extractor(digits.images)
     sizes = [n for n in floor_sizes if n <= len(digits) // 2]
-    return Reference(summary(features, digits.labels), {n: floor(features, digits.labels, n) for n in sizes})
+    labels = digits.labels.to(features.device)
+    return Reference(summary(features, labels), {n: floor(features, labels, n) for n in sizes})
 
 
 def summary(features: Tensor, labels: Tensor) -> Statistics:

@@ -18,7 +18,7 @@ from files import UsageError
 from scoring import metrics
 from scoring.extractor import Extractor
 from scoring.reference import Reference, load_reference, measure_reference
-from utils import keyed_generator
+from utils import keyed_generator, sampling_rng
 
 NEIGHBOURHOOD = 10_000  # features on either side of precision, recall, density and coverage
 DIGIT_SHARE = 0.01  # of the samples: a digit counts as drawn from this share on
@@ -83,8 +83,7 @@ class Scorer:
 
         `digits` is the number of digits with at least 1 % of the samples; for `variety` see `metrics.variety`.
         """
-        rng = keyed_generator("cpu", self.seed, "scoring")
-        samples = distributed.sample(generator, self.n, self.labels, rng, **self.options)
+        samples = distributed.sample(generator, self.n, self.labels, sampling_rng(self.seed), **self.options)
         features, probabilities = self.extractor(to_uint8(samples))
         fake, real = metrics.gaussian(features), self.reference.statistics.whole
         core = core_figures(fake, real, probabilities, self.seed, self.labels)
@@ -196,6 +195,7 @@ class FullScorer:
             seed: of subsets and splits.
             memorised: False leaves out the distances to training digits, which say nothing about training digits.
         """
+        images = images.to(self.train_images.device)
         features, probabilities = self.extractor(images)
         if not self.extractor.knows_digits:
             labels = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import train_cgan
 import train_diffusion
 import train_gan
 from data import Digits
-from engine.cuda_graph import ORDINARY_CALLS, no_garbage_collection
+from engine.cuda_graph import ORDINARY_CALLS, RecordedUpdate
 from loop import TrainState
 from recipes.ddpm import assemble as assemble_ddpm
 from recipes.gan import PENALTY_EVERY
@@ -169,7 +171,17 @@ def test_a_replayed_step_with_a_bad_batch_changes_no_weight(kind):
             assert torch.equal(value, old[key]), key
 
 
-def test_no_garbage_is_collected_while_a_graph_is_recorded():
-    with no_garbage_collection():
-        assert not gc.isenabled()
+def test_no_garbage_is_collected_while_a_graph_is_recorded(monkeypatch):
+    """Without a GPU: the recording itself is left out, the update runs."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", mock.MagicMock)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    seen = []
+
+    def update(_images, _variant):
+        seen.append(gc.isenabled())
+        return {}
+
+    recorded = RecordedUpdate(update, torch.Generator(), {})
+    recorded._record(torch.zeros(1), None)
+    assert seen == [False]
     assert gc.isenabled()

@@ -128,7 +128,7 @@ def test_the_noisiest_rows_get_the_mean_of_their_possible_digits(five_digits):
     images = to_model_range(five_digits.images)
     x0, x = images[[0, 1, 3, 4]], torch.randn(4, 1, 28, 28)
     alpha, sigma = (torch.tensor(values).view(4, 1, 1, 1) for values in ([1e-4, 1e-4, 1e-4, 0.9], [1.0, 1.0, 1.0, 0.4]))
-    targets = StableTargets(five_digits, share=0.75)(x, x0, torch.tensor([4, 10, 7, 8]), alpha, sigma)
+    targets = StableTargets(small("ddpm"), five_digits, share=0.75)(x, x0, torch.tensor([4, 10, 7, 8]), alpha, sigma)
     assert torch.allclose(targets[0], images[:3].mean(0), atol=0.05), "label 4: the mean of the three fours"
     assert torch.allclose(targets[1], images.mean(0), atol=0.05), "null class: the mean of all digits"
     assert torch.equal(targets[2], images[3]), "label 7: the only seven"
@@ -138,7 +138,7 @@ def test_the_noisiest_rows_get_the_mean_of_their_possible_digits(five_digits):
 def test_with_little_noise_a_stable_target_is_the_digit_itself(five_digits):
     images = to_model_range(five_digits.images)
     alpha, sigma = torch.full((5, 1, 1, 1), 0.9), torch.full((5, 1, 1, 1), 0.4)
-    targets = StableTargets(five_digits, share=0.99)(images * 0.9, images, torch.full((5,), 10), alpha, sigma)
+    targets = StableTargets(small("ddpm"), five_digits, share=0.99)(images * 0.9, images, torch.full((5,), 10), alpha, sigma)
     assert torch.allclose(targets, images, atol=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_stable_targets_keep_the_mean_gradient_and_lower_its_variance(prediction
             found.append(loss_and_gradient(step, images, labels)[1])
         return torch.stack(found)
 
-    plain, stable = gradients(None), gradients(StableTargets(five_digits, 0.99))
+    plain, stable = gradients(None), gradients(StableTargets(small("ddpm"), five_digits, 0.99))
     assert stable.var(0).mean() < 0.98 * plain.var(0).mean()
     error = (plain.mean(0) - stable.mean(0)).norm() / plain.std(0).norm()
     assert error < 1.5 / math.sqrt(draws)

@@ -10,7 +10,7 @@ from test_models import small
 
 from diffusion import process, samplers
 from diffusion.options import CONDITIONAL_ETA, DEFAULT_STEPS, UNCONDITIONAL_ETA
-from utils import keyed_generator
+from utils import SamplingNoise, keyed_generator, sampling_key
 
 DETERMINISTIC = ["dpm-solver++", "ddim"]
 DIGITS = [3, 1, 4, 1]
@@ -50,6 +50,17 @@ def test_the_seed_decides_the_samples(sampler, labels, network):
 def test_the_chunk_size_changes_no_pixel_by_a_grey_level(options, network):
     whole, parts = (draw(network, 7, list(range(7)), chunk_size=size, **options) for size in (7, 3))
     assert (whole - parts).abs().max() < 1 / 127.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"eta": 0.0}, {"sampler": "ddim", "eta": 1.0}, {"sampler": "ddpm"}, {"guidance": 2.0}],
+)
+def test_an_image_is_the_same_among_other_images_of_other_labels(options, network):
+    many = draw(network, 40, [3] * 5 + [8] * 35, **options)
+    few = draw(network, 36, [1] * 34 + [8] * 2, **options)
+    assert (many[34:36] - few[34:36]).abs().max() < 1 / 127.5
+    assert (many[:34] - few[:34]).abs().max() > 1 / 127.5  # there the labels differ
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -162,7 +173,8 @@ def test_watch_sees_the_initial_noise_and_changes_no_sample(network):
     seen = []
     watched = draw(network, watch=lambda x, level: seen.append((x, level)))
     start, level = seen[0]
-    assert torch.equal(start, torch.randn(4, 1, 28, 28, generator=keyed_generator("cpu", 0)))
+    key = sampling_key(keyed_generator("cpu", 0))
+    assert torch.equal(start, SamplingNoise(key, "start", range(4), "cpu").normal(1, 28, 28))
     assert level.sigma > 0.999
     assert torch.equal(watched, draw(network))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 
 import imageio.v3 as imageio
 import numpy as np
@@ -62,6 +63,29 @@ def test_a_digit_looks_the_same_whatever_others_are_drawn(drawn):
     some = drawn("some", "--samples", 2, "--digit", 7, 0, 7)
     assert len(some) == 6
     assert some.items() <= drawn("all", "--samples", 2).items()
+
+
+@pytest.mark.parametrize("model", [SHIPPED, DIFFUSION])
+def test_a_sample_is_the_same_whatever_the_number_of_samples(model, drawn, tmp_path):
+    for samples in (3, 10):
+        drawn(str(samples), "--digit", 4, "--samples", samples, model=model)
+    for number in (1, 2, 3):
+        few, many = (imageio.imread(tmp_path / folder / f"digit_4_00{number}.png").astype(int) for folder in ("3", "10"))
+        assert np.abs(few - many).max() <= 1, number
+
+
+def test_every_script_samples_with_the_same_key():
+    """So the same model, seed, labels and options mean the same pictures in each."""
+    files = ["infer.py", "inference.py", "evaluate.py", "report.py", "callbacks.py", "scoring/scorer.py"]
+    for file in files:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        calls = [
+            line
+            for line in text.splitlines()
+            if re.search(r"(generator|gan|diffusion|model|distributed|job)[.](sample|draw)[(]", line)
+        ]
+        assert calls, file
+        assert all("sampling_rng(" in call for call in calls), (file, calls)
 
 
 def test_another_seed_gives_other_pictures(drawn):

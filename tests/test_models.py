@@ -9,7 +9,7 @@ import torch
 
 import utils
 from models import MODELS, ClassBatchNorm2d, build
-from utils import keyed_generator
+from utils import SamplingNoise, keyed_generator, sampling_key
 
 SMALL = {"dcgan": {"width": 8}, "cdcgan": {"width": 8, "num_classes": 10}, "classifier": {"width": 4}}
 SMALL["ddpm"] = {"width": 8, "timesteps": 50}
@@ -75,6 +75,27 @@ class TestSampling:
         whole, parts = (network.sample(7, rng=keyed_generator("cpu", 0), chunk_size=size) for size in (7, 3))
         assert (whole - parts).abs().max() < 1 / 127.5
 
+    @pytest.mark.parametrize("n", [1, 3, 33])
+    def test_an_image_is_the_same_whatever_the_number_of_images(self, name, n):
+        network = small(name)
+        few, many = (network.sample(count, rng=keyed_generator("cpu", 0)) for count in (n, 70))
+        assert (few - many[:n]).abs().max() < 1 / 127.5
+        assert (few[0] - many[n]).abs().max() > 1 / 127.5  # another image
+
+    @pytest.mark.parametrize("rows", [slice(0, 5), slice(30, 35), slice(64, 70)])
+    def test_rows_are_those_of_all_images(self, name, rows):
+        network = small(name)
+        whole, part = (network.sample(70, rng=keyed_generator("cpu", 0), rows=chosen) for chosen in (slice(None), rows))
+        assert part.shape == whole[rows].shape
+        assert (part - whole[rows]).abs().max() < 1 / 127.5
+
+    def test_a_sampling_takes_one_key_from_its_generator(self, name):
+        network = small(name)
+        rng, other = keyed_generator("cpu", 0), keyed_generator("cpu", 0)
+        network.sample(3, rng=rng)
+        sampling_key(other)
+        assert torch.equal(rng.get_state(), other.get_state())
+
     def test_sampling_changes_no_weight_no_buffer_and_no_mode(self, name):
         network = small(name).train()
         before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -89,6 +110,27 @@ class TestSampling:
     def test_zero_samples_are_refused(self, name):
         with pytest.raises(ValueError, match="n and chunk_size must be at least 1, not 0"):
             small(name).sample(0)
+
+
+def noise(images: range, purpose: str = "steps", key: int = 5) -> SamplingNoise:
+    return SamplingNoise(key, purpose, images, "cpu")
+
+
+def test_sampling_noise_is_that_of_the_images_in_every_draw():
+    whole, part = noise(range(100)), noise(range(40, 70))
+    for _ in range(3):
+        assert torch.equal(whole.normal(2, 3)[40:70], part.normal(2, 3))
+        assert torch.equal(whole.integers(10)[40:70], part.integers(10))
+
+
+def test_sampling_noise_is_standard_normal_and_repeats_nothing():
+    parts = [noise(range(1000)), noise(range(1000), "start"), noise(range(1000), key=6)]
+    draws = torch.cat([part.normal(50) for part in parts for _ in range(2)])
+    assert draws.dtype == torch.float32
+    assert float(draws.mean()) == pytest.approx(0, abs=0.01)
+    assert float(draws.std()) == pytest.approx(1, abs=0.01)
+    assert len(draws.unique(dim=0)) == 6000
+    assert noise(range(1000)).integers(10).bincount(minlength=10).min() > 60
 
 
 @pytest.mark.parametrize(("name", "config"), [("dcgan", {}), ("ddpm", {"num_classes": 0})])

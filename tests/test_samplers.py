@@ -32,6 +32,12 @@ def denoiser(prediction: str, low: float = -math.inf, high: float = math.inf):
     return denoise
 
 
+def normal_like(x: torch.Tensor, seed: int = 0):
+    """A source of noise for the samplers."""
+    rng = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(x.shape, generator=rng, dtype=x.dtype)
+
+
 def run_theirs(scheduler, x: torch.Tensor, steps: int, seed: int = 0, **options) -> torch.Tensor:
     scheduler.set_timesteps(steps)
     rng = torch.Generator().manual_seed(seed)
@@ -106,7 +112,7 @@ def test_an_ancestral_step_has_the_mean_and_variance_of_diffusers(schedule, pred
     expected = float(scheduler._get_variance(time))
     assert expected > 0
     assert variance == (pytest.approx(expected, rel=1e-4) if time else 0)
-    ours = samplers.ddpm(denoiser(prediction, -1, 1), x, [now, then], torch.Generator().manual_seed(1))
+    ours = samplers.ddpm(denoiser(prediction, -1, 1), x, [now, then], normal_like(x, 1))
     rng = torch.Generator().manual_seed(1)
     assert torch.allclose(ours, scheduler.step(network(x, time), time, x, generator=rng).prev_sample, atol=1e-5)
 
@@ -125,7 +131,7 @@ def test_ddim_agrees_with_diffusers(steps, eta, clip, prediction, schedule):
     x, grid = torch.randn(4, 1, 7, 7), samplers.time_grid(process.noise_levels(schedule, 1000), steps)
     expected = run_theirs(scheduler, x, steps, eta=eta, use_clipped_model_output=clip)
     bounds = (-1, 1) if clip else (-math.inf, math.inf)
-    ours = samplers.ddim(denoiser(prediction, *bounds), x, grid, torch.Generator().manual_seed(0), eta=eta)
+    ours = samplers.ddim(denoiser(prediction, *bounds), x, grid, normal_like(x), eta=eta)
     scale = expected.abs().max().clamp(min=1)  # without clipping, the estimates of an untrained network grow
     assert torch.allclose(ours / scale, expected / scale, atol=1e-5)
 
@@ -137,14 +143,14 @@ def test_dpm_solver_agrees_with_diffusers(steps, schedule, eta, algorithm):
     options = {"algorithm_type": algorithm, "solver_order": 2, "final_sigmas_type": "zero"}
     scheduler = theirs(DPMSolverMultistepScheduler, schedule, "v", timestep_spacing="trailing", **options)
     x, grid = torch.randn(4, 1, 7, 7), samplers.time_grid(process.noise_levels(schedule, 1000), steps)
-    ours = samplers.dpm_solver(denoiser("v"), x, grid, torch.Generator().manual_seed(0), eta, renewed_below=math.inf)
+    ours = samplers.dpm_solver(denoiser("v"), x, grid, normal_like(x), eta, renewed_below=math.inf)
     assert torch.allclose(ours, run_theirs(scheduler, x, steps), atol=1e-5)
 
 
 def test_ddim_with_eta_1_is_ancestral_sampling():
     x, grid = torch.randn(4, 1, 7, 7).double(), samplers.time_grid(process.noise_levels("cosine", 1000), 40)
-    ddim = samplers.ddim(denoiser("v", -1, 1), x, grid, torch.Generator().manual_seed(3), eta=1.0)
-    ddpm = samplers.ddpm(denoiser("v", -1, 1), x, grid, torch.Generator().manual_seed(3))
+    ddim = samplers.ddim(denoiser("v", -1, 1), x, grid, normal_like(x, 3), eta=1.0)
+    ddpm = samplers.ddpm(denoiser("v", -1, 1), x, grid, normal_like(x, 3))
     assert torch.allclose(ddim, ddpm, atol=1e-9)
 
 
@@ -168,7 +174,7 @@ def flow_error(sampler: str, grid: list[Level]) -> float:
     """Largest distance to the exact probability flow (arXiv 2011.13456), in which x keeps its standard score."""
     x, (start, *_, end) = torch.linspace(-2, 2, 9).double(), grid
     exact = end.alpha * MEAN + spread(end) / spread(start) * (x - start.alpha * MEAN)
-    return float((samplers.SAMPLERS[sampler](best_denoiser, x, grid, torch.Generator()) - exact).abs().max())
+    return float((samplers.SAMPLERS[sampler](best_denoiser, x, grid, normal_like(x)) - exact).abs().max())
 
 
 def orders(errors: list[float]) -> list[float]:
@@ -203,7 +209,7 @@ def test_ancestral_sampling_converges_to_the_distribution():
     levels, errors = process.noise_levels("cosine", 10_000), []
     for steps in (25, 50, 100, 200):
         x = torch.randn(200_000, generator=torch.Generator().manual_seed(steps)).double()
-        found = samplers.ddpm(best_denoiser, x, samplers.time_grid(levels, steps), torch.Generator().manual_seed(0))
+        found = samplers.ddpm(best_denoiser, x, samplers.time_grid(levels, steps), normal_like(x))
         assert float(found.mean()) == pytest.approx(MEAN, abs=0.01)
         errors.append(DEVIATION - float(found.std()))
     assert errors[-1] < 0.015
@@ -215,7 +221,7 @@ def test_the_noise_of_dpm_solver_keeps_the_distribution(eta):
     x, levels = torch.randn(200_000, generator=torch.Generator().manual_seed(1)).double(), log_snr_grid(400)
     start, *_, end = levels
     x = start.alpha * MEAN + spread(start) * x
-    found = samplers.dpm_solver(best_denoiser, x, levels, torch.Generator().manual_seed(0), eta)
+    found = samplers.dpm_solver(best_denoiser, x, levels, normal_like(x), eta)
     assert float(found.mean()) == pytest.approx(end.alpha * MEAN, abs=0.005)
     assert float(found.std()) == pytest.approx(spread(end), rel=0.01)
     correlation = float(torch.corrcoef(torch.stack([x, found]))[0, 1])
@@ -233,7 +239,7 @@ def test_dpm_solver_adds_noise_only_below_its_bound():
             states.append(x)
             return best_denoiser(x, level)
 
-        samplers.dpm_solver(denoise, x, levels, torch.Generator().manual_seed(0), eta)
+        samplers.dpm_solver(denoise, x, levels, normal_like(x), eta)
     same = [torch.equal(*states) for states in zip(*seen.values(), strict=True)]
     below = [level.noise_to_signal <= samplers.RENEWED_BELOW for level in levels]
     assert same == [True] + [not acted for acted in below[:-2]]
@@ -253,7 +259,7 @@ def test_noise_at_the_first_levels_makes_some_digits_too_frequent(mnist_dir, ren
 
     grid = samplers.noise_grid(process.noise_levels("cosine", 1000), DEFAULT_STEPS)
     noise = torch.randn(4000, 784, generator=torch.Generator().manual_seed(1))
-    x = samplers.dpm_solver(denoise, noise, grid, torch.Generator().manual_seed(0), UNCONDITIONAL_ETA, renewed_below)
+    x = samplers.dpm_solver(denoise, noise, grid, normal_like(noise), UNCONDITIONAL_ETA, renewed_below)
     drawn = digits.labels[(2 * x @ images.T - squares).argmax(1)].bincount(minlength=10)  # of the nearest images
     expected = digits.labels.bincount(minlength=10) * (len(x) / len(digits))
     p_value = scipy.stats.chisquare(drawn.numpy(), expected.numpy()).pvalue
@@ -269,7 +275,7 @@ def test_the_noise_of_dpm_solver_removes_early_errors():
         return best_denoiser(x, level) + (level.time < 30)
 
     def mean(eta):
-        return float(samplers.dpm_solver(misled, x, levels, torch.Generator().manual_seed(0), eta).mean())
+        return float(samplers.dpm_solver(misled, x, levels, normal_like(x), eta).mean())
 
     exact = levels[-1].alpha * MEAN
     assert abs(mean(2.0) - exact) < abs(mean(1.0) - exact) < abs(mean(0.0) - exact) / 2
