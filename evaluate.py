@@ -89,6 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
 
+    import torch
     from tqdm import tqdm
 
     import data
@@ -114,6 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     origin = {"versions": provenance(), "extractor_sha256": extractor.sha256}
     evaluations = args.seeds * args.n * sum(job.evaluations for job in jobs)
     print(f"to do: {evaluations:,} network evaluations in {args.seeds * len(jobs)} samplings, each of them scored")
+    if not enough_for_two_samples(args):
+        print("the two-sample test is left out: --n times --seeds is too few samples of a row for it")
 
     # Real digits, beside which the models stand
     scorer = FullScorer(target, test, train, extractor)
@@ -130,14 +133,16 @@ def main(argv: list[str] | None = None) -> None:
     # Models, with several seeds. A class-conditional one draws the reference's own labels.
     with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None if is_first() else True) as bar:
         for job in jobs:
-            scores = []
+            scores, drawn = [], []
             for seed in range(args.seed, args.seed + args.seeds):
                 labels = proportional_labels(target, args.n, seed) if job.with_labels else None
                 samples, cost = job.draw(args.n, labels, sampling_rng(seed), bar)
-                figures, digits = scorer.score(data.to_uint8(samples), seed, labels)
+                images = data.to_uint8(samples)
+                figures, digits = scorer.score(images, seed, labels)
                 scores.append((cost | figures, digits))
+                drawn.append(images)
             bar.clear()
-            table.add(job.name, scores, job.description)
+            table.add(job.name, scores, job.description, scorer.told_apart(torch.cat(drawn)))
 
     command = shlex.join(["python", Path(__file__).name, *(argv or sys.argv[1:])])
     if is_first():
@@ -152,6 +157,13 @@ def options_of(args: argparse.Namespace, generators: dict[str, Any]) -> dict[str
         file: sampling_options(args, generator, file) if generator.SAMPLE_OPTIONS or none_has else {}
         for file, generator in generators.items()
     }
+
+
+def enough_for_two_samples(args: argparse.Namespace) -> bool:
+    """Whether a row has as many samples, of all seeds together, as the two-sample test needs."""
+    from scoring.two_sample import NEEDED
+
+    return args.n * args.seeds >= NEEDED
 
 
 def load_extractor(args: argparse.Namespace, device: torch.device) -> Any:
@@ -175,7 +187,8 @@ def score_real_digits(args: argparse.Namespace, scorer: FullScorer, table: Table
     if target is not train:
         subsets = [train.subset(args.n, "floor", i) for i in range(FLOOR_SUBSETS)]
         scores = [scorer.score(part.images, i, part.labels, memorised=False) for i, part in enumerate(subsets)]
-        table.add("real training digits", scores, is_floor=True)
+        together = scorer.told_apart() if enough_for_two_samples(args) else {}
+        table.add("real training digits", scores, together=together, is_floor=True)
     table.add("real training digits" if target is train else "real test digits", [(scorer.own_figures(), [])])
 
 

@@ -148,6 +148,7 @@ def write_page(args: argparse.Namespace, measured: Measured) -> None:
             metrics=measured.metrics,
             rows=rows,
             figures=tables.all_figures([rows["real training digits"], rows["real test digits"], *models]),
+            shares=tables.shares(measured),
             pitfalls=tables.pitfalls(measured.pitfalls),
             self_check=tables.self_check(measured.self_check),
             check_n=int(measured.self_check[0]["n"]),
@@ -199,6 +200,7 @@ def write_tables(readme: Path, measured: Measured) -> list[Path]:
         },
         readme.parent / "docs" / "results.md": {
             "results": tables.markdown(full),
+            "shares": tables.markdown(tables.shares(measured)),
             "pitfalls": tables.markdown(tables.pitfalls(measured.pitfalls)),
             "ablation": tables.markdown(tables.ablation(measured.ablation)),
             "self check": tables.markdown(tables.self_check(measured.self_check)),

@@ -6,7 +6,7 @@ table instead.
 
 A few timed steps tell how many steps fit into the minutes. The learning rates follow the trainer's schedule over that many
 steps. The EMA is scored, as in a training. The conditional GAN draws the labels of the training set. A diffusion model is
-scored without labels (`fid`) and with them (`fid_asked`).
+scored with labels (`fid`) and without them (`fid_unconditional`).
 
 Each result is written to --out at once. Rows that are there already are not measured again. The chart beside the table shows
 the rows with the same minutes, samples, device and precision. Run nothing else on the machine meanwhile.
@@ -89,7 +89,7 @@ DIFFUSION_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in DIFFUSIO
 RECIPES = {"gan": GAN_RECIPES, "cgan": GAN_RECIPES, "diffusion": DIFFUSION_RECIPES}
 PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusion": train_diffusion.parse_args}
 
-FIGURES = ("fid", "fid_ratio", "is", "label_accuracy", "fid_asked", "fid_ratio_asked")
+FIGURES = ("fid", "fid_ratio", "label_accuracy", "fid_unconditional", "fid_ratio_unconditional")
 COMPARED = ("minutes", "device", "precision", "n")  # what the rows of a chart have in common
 KEY = ("model", "recipe", "seed", *COMPARED)  # of a row
 # Steps of a trial. After the untimed ones, a GPU has recorded both variants of a GAN's step.

@@ -179,7 +179,8 @@ def ours(args: argparse.Namespace, digits: data.Digits, steps: int, precision: s
     """The defaults of train_diffusion.py, without classes, at the common batch size."""
     trainer = train_diffusion.parse_args([])
     state = TrainState()
-    model = build("ddpm", num_classes=0, width=trainer.width, schedule=trainer.schedule, prediction=trainer.prediction)
+    options = {name: getattr(trainer, name) for name in ("width", "schedule", "prediction", "black")}
+    model = build("ddpm", num_classes=0, **options)
     model.to(digits.images.device)
     optimizers = make_optimizers(model, trainer.lr, trainer.muon_lr, precision)
     ema = EMA(model, trainer.ema_decay)
@@ -192,7 +193,7 @@ def ours(args: argparse.Namespace, digits: data.Digits, steps: int, precision: s
         grad_clip=trainer.grad_clip,
         label_dropout=0.0,
         time_power=trainer.time_power,
-        stable_targets=UnconditionalTargets(digits, trainer.stable_targets),
+        stable_targets=UnconditionalTargets(model, digits, trainer.stable_targets),
     )
     schedule = ScheduledLR([*optimizers.values()], min(trainer.warmup_steps, steps // 10), steps)
     schedule.on_start(state)

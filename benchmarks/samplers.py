@@ -1,9 +1,8 @@
 """Ways to sample the diffusion model: quality against cost. The defaults of `DDPM.sample` come from here.
 
-Unconditional samples (`any digit` in the table) compare DPM-Solver++ with several values of eta, DDIM, and ancestral
-sampling, over several numbers of steps. Class-conditional samples (`on demand` in the table) compare guidance scales and
-values of eta, with the default number of steps. Each setting is scored with several seeds, by the monitor's scorer against
-the training set. The test set chooses nothing.
+Unconditional samples compare DPM-Solver++ with several values of eta, DDIM, and ancestral sampling, over several numbers of
+steps. Class-conditional samples compare guidance scales and values of eta, with the default number of steps. Each setting is
+scored with several seeds, by the monitor's scorer against the training set. The test set chooses nothing.
 
 The results are written to reports/samplers.csv, each at once, and drawn in reports/samplers.png. An interrupted run goes on
 where it stopped: rows that are there already are not measured again. Rows of another checkpoint, n, device or precision are
@@ -40,9 +39,8 @@ from scoring.reference import FLOOR_SIZES
 from scoring.scorer import training_scorer
 from utils import choose_device
 
-# Values of the column `drawn`. The shipped table has them, so they stay as they are.
-UNCONDITIONAL = "any digit"
-CONDITIONAL = "on demand"
+UNCONDITIONAL = "unconditional"  # values of the column `drawn`
+CONDITIONAL = "class-conditional"
 FIGURES = ("fid", "fid_ratio", "is", "label_accuracy")
 SETTING = ("drawn", "sampler", "steps", "eta", "guidance")
 PROTOCOL = ("checkpoint", "constants", "n", "device", "precision")  # one of them in a table
@@ -50,7 +48,7 @@ KEY = (*PROTOCOL, *SETTING, "seed")
 CONSTANTS = "; ".join(
     (
         f"noise grid {NOISE_RANGE[0]:g}-{NOISE_RANGE[1]:g} rho {RHO}",
-        f"renewed below {RENEWED_BELOW:g}, on demand everywhere",
+        f"noise below {RENEWED_BELOW:g}, class-conditional everywhere",
         f"guidance at {GUIDANCE_RANGE[0]:g}-{GUIDANCE_RANGE[1]:g}",
     )
 )
@@ -65,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
     flag("--n", type=int, choices=FLOOR_SIZES, default=1000, help="samples for each seed: a size whose floor is known")
     flag("--steps", type=integer(1), nargs="+", default=[5, 10, 15, 20, 50], help="of DPM-Solver++ and DDIM")
     flag("--eta", type=ETA, nargs="+", default=[0.0, UNCONDITIONAL_ETA], help="of unconditional DPM-Solver++")
-    flag("--guidance", type=GUIDANCE, nargs="+", default=[1.0, 1.5, 2.0, 2.25, 3.0], help="guidance scales")
-    flag("--digit-eta", type=ETA, nargs="+", default=[0.0, 0.5, 0.8, 1.0, 1.5, 2.5], help="of class-conditional samples")
+    flag("--guidance", type=GUIDANCE, nargs="+", default=[1.0, 1.5, 2.0, SCRIPT_GUIDANCE, 3.0], help="guidance scales")
+    flag("--digit-eta", type=ETA, nargs="+", default=[0.0, 0.25, CONDITIONAL_ETA, 0.8, 1.5, 2.5], help="of class-conditional samples")
     flag("--seeds", type=integer(1), default=3, help="seeds of DPM-Solver++, of DDIM, and of 100 ancestral steps")
     flag("--full-seeds", type=integer(0), default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
@@ -161,8 +159,7 @@ def report(args: argparse.Namespace, rows: list[Row]) -> None:
         ratio = estimate([float(row["fid_ratio"]) for row in same])
         accuracies = [float(row["label_accuracy"]) for row in same if row["label_accuracy"]]
         options = ", ".join(f"{name} {value}" for name, value in zip(SETTING[1:], setting[1:]))
-        kind = "class-conditional" if drawn == CONDITIONAL else "unconditional"
-        print(f"{kind}, {options}: {summary(ratio, accuracies)}")
+        print(f"{drawn}, {options}: {summary(ratio, accuracies)}")
         if drawn == UNCONDITIONAL:
             name = sampler + (f", eta {eta:g}" if sampler == "dpm-solver++" else "")
             curves.setdefault(name, {})[steps] = ratio

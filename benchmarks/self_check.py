@@ -3,6 +3,8 @@
 Damage: random training digits are scored against the test set, as samples are. They are scored as they are, with noise,
 blurred, shifted, and with whole classes missing. A figure that should see a damage must get worse with each of its levels.
 
+Two-sample test: it must not tell real digits from real digits, and must tell a haze, a slight blur and a missing digit.
+
 Agreement: FID and inception score of these digits, undamaged and with the strongest level of each damage, are compared with
 the textbook formula (scipy) and with torchmetrics, in float64.
 
@@ -34,7 +36,7 @@ from torchmetrics.image.inception import InceptionScore
 import data
 from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
 from files import ExpectedError, check_outputs, expanded, write_csv
-from scoring import metrics
+from scoring import metrics, two_sample
 from scoring.extractor import Extractor
 from scoring.scorer import FullScorer
 from utils import choose_device, keyed_generator
@@ -103,6 +105,42 @@ def damaged(damage: Damage, digits: data.Digits, n: int, level: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# What the two-sample test must see: damage -> the images of some digits, and the bounds of the accuracy
+
+
+def hazy(images: Tensor, level: int) -> Tensor:
+    """Up to `level` grey levels more in each pixel."""
+    haze = torch.randint(level + 1, images.shape, generator=keyed_generator("cpu", "haze", level))
+    return images + haze.to(images.device)
+
+
+def slightly_blurred(images: Tensor, level: int) -> Tensor:
+    """`level` percent of the mean over 3x3 pixels."""
+    return torch.lerp(images, F.avg_pool2d(images, 3, stride=1, padding=1), level / 100)
+
+
+SEEN = 0.6
+# Without one of ten digits, the best possible accuracy is 0.55: a tenth of the real digits gives itself away
+TOLD_APART: list[tuple[str, int, float, float]] = [
+    ("real", 0, 0.48, 0.52),
+    ("hazy", 1, SEEN, 1),
+    ("hazy", 2, SEEN, 1),
+    ("slightly blurred", 15, SEEN, 1),
+    ("incomplete", 1, 0.52, 0.57),
+]
+
+
+def compared_with_real(digits: data.Digits, damage: str, level: int) -> two_sample.TwoSample:
+    """The two-sample test of shuffled digits with a damage against other ones."""
+    real, others = digits.images[: two_sample.NEEDED], digits.select(torch.arange(two_sample.NEEDED, len(digits)))
+    if damage == "incomplete":
+        return two_sample.two_sample_test(incomplete(others, two_sample.NEEDED, level), real)
+    images = others.images[: two_sample.NEEDED].float()
+    images = {"real": lambda images, _: images, "hazy": hazy, "slightly blurred": slightly_blurred}[damage](images, level)
+    return two_sample.two_sample_test(images.round().clamp(0, 255).to(torch.uint8), real)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The checks
 
 
@@ -131,11 +169,17 @@ def main(argv: list[str] | None = None) -> None:
         for level, row in zip(levels, figures):
             rows.append({"damage": damage.__name__, "level": level, "n": args.n, **row})
             print(f"{damage.__name__:10s} {level:3d}  ", "  ".join(f"{name} {row[name]:.3f}" for name in BETTER_WHEN))
+    for damage_name, level, low, high in TOLD_APART:
+        found = compared_with_real(digits, damage_name, level)
+        rows.append({"damage": damage_name, "level": level, "n": two_sample.JUDGED, "two_sample": found.accuracy})
+        print(f"{damage_name} {level}: told from real digits in {found.accuracy:.3f} of cases; wanted {low} to {high}")
+        if not low <= found.accuracy <= high:
+            blind.append(f"the two-sample accuracy of {damage_name} digits")
     write_csv(args.out, rows)
     print(f"wrote {args.out}")
     different = compare(scorer, digits, args.n)
     if blind:
-        raise ExpectedError(f"these figures do not get worse with every level: {', '.join(blind)}; do not trust them")
+        raise ExpectedError(f"these figures do not see every damage: {', '.join(blind)}; do not trust them")
     if different:
         raise ExpectedError(f"these figures differ from another implementation: {', '.join(different)}; do not trust them")
     print("every figure gets worse with every level of the damages that it should see")

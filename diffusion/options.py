@@ -8,8 +8,8 @@ PRECISIONS = ("fp32", "bf16")
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}  # the samplers, and the largest eta of each
 DEFAULT_STEPS = 15  # this and the following values were chosen with benchmarks/samplers.py
 UNCONDITIONAL_ETA = 2.5
-CONDITIONAL_ETA = 0.8
-SCRIPT_GUIDANCE = 2.25  # of the scripts for class-conditional samples: more correct digits than 1
+CONDITIONAL_ETA = 0.5
+SCRIPT_GUIDANCE = 2.5  # of the scripts for class-conditional samples: more correct digits than 1
 MAX_GUIDANCE = 100  # far beyond the scale at which samples are still digits
 
 
@@ -22,7 +22,7 @@ class SamplingOptions:
         steps: network evaluations, not counting the second one where guidance acts. Default: 15; of `ddpm`, every timestep.
         guidance: guidance scale w, in 0..100: 0 is unconditional, 1 is plain class-conditional. See `DDPM.denoise`.
         eta: stochasticity: 0 is deterministic, 1 adds the noise of `ddpm`. At most 10 (`dpm-solver++`) or 1 (`ddim`).
-            Default of `dpm-solver++`: 0.8 with labels, 2.5 without; of `ddim`: 0.
+            Default of `dpm-solver++`: 0.5 with labels, 2.5 without; of `ddim`: 0.
         precision: of the network evaluations, `fp32` or `bf16`.
     """
 

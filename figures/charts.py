@@ -175,16 +175,18 @@ def sampler_curve(path: str | os.PathLike[str], curves: dict[str, dict[int, tupl
 
 
 def ablation(path: str | os.PathLike[str], rows: Rows) -> None:
-    """FID ratio of every recipe, a mark for each seed, best mean first. The DDPM has a second, class-conditional panel.
+    """FID ratio of every recipe, a mark for each seed, best mean first. The DDPM has a panel for each way of sampling.
 
     Recipes that start from the classic table are blue, and those that start from the defaults red.
 
     Args:
-        rows: `model`, `recipe`, `fid_ratio`, and for a class-conditional DDPM `fid_ratio_asked`, else nan.
+        rows: `model`, `recipe`, `fid_ratio`, and for a class-conditional DDPM `fid_ratio_unconditional`, else nan.
     """
     panels: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        for name, way in (("fid_ratio", ""), ("fid_ratio_asked", ", class-conditional")):
+        two_ways = not np.isnan(row["fid_ratio_unconditional"])
+        ways = {"fid_ratio": ", class-conditional" if two_ways else "", "fid_ratio_unconditional": ", unconditional"}
+        for name, way in ways.items():
             if not np.isnan(row[name]):
                 panels.setdefault(ABLATION_TITLES[row["model"]] + way, {}).setdefault(row["recipe"], []).append(row[name])
     heights = [len(recipes) + 2 for recipes in panels.values()]

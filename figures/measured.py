@@ -25,10 +25,10 @@ LABELS = {  # model of metrics.json -> its printed name
 ABLATION_TITLES = {"gan": "DCGAN", "cgan": "conditional DCGAN", "diffusion": "DDPM"}
 TRAINING_OF = {"dcgan": "DCGAN", "cdcgan": "conditional DCGAN", "ddpm": "diffusion", "ddpm, by digit": "diffusion"}
 PITFALL_COLUMNS = {"model", "mistake", "checkpoint", "n", "fid", "fid_ratio", "is", "label_accuracy"}
-SELF_CHECK_COLUMNS = {"damage", "level", "n", "fid", "kid", "is", "precision", "recall", "density", "coverage"}
+SELF_CHECK_COLUMNS = {"damage", "level", "n", "fid", "kid", "is", "precision", "recall", "density", "coverage", "two_sample"}
 SAMPLER_PROTOCOL = ("n", "device", "precision")
 ABLATION_PROTOCOL = ("minutes", "n", "device", "precision")
-ABLATION_COLUMNS = {"model", "recipe", "seed", "fid_ratio", "fid_ratio_asked", *ABLATION_PROTOCOL}
+ABLATION_COLUMNS = {"model", "recipe", "seed", "fid_ratio", "fid_ratio_unconditional", *ABLATION_PROTOCOL}
 SAMPLER_COLUMNS = {"checkpoint", "seed", "fid_ratio", "drawn", "sampler", "steps", "eta", "guidance", *SAMPLER_PROTOCOL}
 
 

@@ -26,6 +26,11 @@ class Cells(NamedTuple):
 ALL_FIGURES = [
     Figure("fid", "FID", 3),
     Figure("fid_ratio", "FID ratio", 1),
+    Figure("fid_ratio_reweighted", "FID ratio after re-weighting to the real shares of the digits", 1),
+    Figure("two_sample", "two-sample accuracy, %", 1, 100),
+    Figure("two_sample_plain", "of a network that sees the images as they are, %", 1, 100),
+    Figure("two_sample_noisy", "of one that sees them with noise, %", 1, 100),
+    Figure("black", "black pixels, %", 1, 100),
     Figure("kid", "KID", 3),
     Figure("is", "inception score", 3),
     Figure("is_splits", "its deviation over ten splits", 3),
@@ -57,9 +62,13 @@ SELF_CHECK_FIGURES = [
     Figure("recall", "recall", 3),
     Figure("density", "density", 3),
     Figure("coverage", "coverage", 3),
+    Figure("two_sample", "two-sample accuracy", 3),
 ]
 OVERVIEW_FIGURES = [
     Figure("fid_ratio", "FID ratio", 1),
+    Figure("fid_ratio_reweighted", "re-weighted", 1),
+    Figure("two_sample", "two-sample accuracy, %", 1, 100),
+    Figure("black", "black pixels, %", 1, 100),
     Figure("recall", "recall", 3),
     Figure("label_accuracy", "label accuracy, %", 2, 100),
     Figure("evaluations", "network evaluations", 0),
@@ -67,6 +76,9 @@ OVERVIEW_FIGURES = [
 ]
 PORTUGUESE = {
     "FID ratio": "razão FID",
+    "re-weighted": "reponderada",
+    "two-sample accuracy, %": "acurácia de duas amostras, %",
+    "black pixels, %": "pixels pretos, %",
     "recall": "revocação (recall)",
     "label accuracy, %": "acurácia dos rótulos, %",
     "network evaluations": "avaliações da rede",
@@ -84,6 +96,14 @@ def all_figures(rows: list[Row]) -> Cells:
     lines = [[figure.title, *(_cell(row, figure) for row in rows)] for figure in ALL_FIGURES]
     lines.append(["precision of the evaluations", *(row.get("dtype") or "" for row in rows)])
     return Cells(["", *(label_of(row["model"]) for row in rows)], lines)
+
+
+def shares(measured: Measured) -> Cells:
+    """The shares of the ten digits: of the test digits, and of each unconditional model. A line for each row."""
+    rows = [row for row in measured.metrics["rows"] if row.get("share_0") is not None]
+    figures = [Figure(f"share_{digit}", f"{digit}", 1, 100) for digit in range(10)]
+    lines = [[label_of(row["model"]), *_plain_cells(row, figures)] for row in rows]
+    return Cells(["", *(figure.title for figure in figures)], lines)
 
 
 def overview(measured: Measured) -> Cells:
@@ -117,10 +137,10 @@ def ablation(rows: list[Row]) -> Cells:
     lines = []
     for (title, recipe), same in sorted(recipes.items(), key=lambda item: (item[0][0], _mean(item[1], "fid_ratio"))):
         seeds = ", ".join(f"{row['fid_ratio']:.1f}" for row in same)
-        conditional = same[0]["fid_ratio_asked"] is not None
-        labelled = f"{_mean(same, 'fid_ratio_asked'):.1f}" if conditional else ""
-        lines.append([title, f"`{recipe}`", f"{_mean(same, 'fid_ratio'):.1f}", seeds, labelled])
-    return Cells(["model", "recipe", "FID ratio", "of each seed", "class-conditional FID ratio"], lines)
+        two_ways = same[0]["fid_ratio_unconditional"] is not None
+        unconditional = f"{_mean(same, 'fid_ratio_unconditional'):.1f}" if two_ways else ""
+        lines.append([title, f"`{recipe}`", f"{_mean(same, 'fid_ratio'):.1f}", seeds, unconditional])
+    return Cells(["model", "recipe", "FID ratio", "of each seed", "unconditional FID ratio"], lines)
 
 
 def _mean(rows: list[Row], name: str) -> float:

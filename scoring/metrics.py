@@ -64,6 +64,20 @@ def gaussian(features: Tensor) -> Gaussian:
     return Gaussian(features.mean(0), torch.cov(features.T), len(features))
 
 
+def reweighted_gaussian(features: Tensor, classes: Tensor, shares: Tensor) -> Gaussian | None:
+    """The Gaussian of features [N, D] as it would be if their classes, int64 [N], had the given `shares` [K].
+
+    It shows whether a large FID comes from bad images, or from good ones in wrong proportions. None: a class is missing.
+    """
+    found = classes.bincount(minlength=len(shares)) / len(classes)
+    if ((found == 0) & (shares > 0)).any():
+        return None
+    weights = (shares / found.clamp(min=1e-9))[classes].double()  # [N]
+    features = features.double()
+    mean = (weights[:, None] * features).sum(0) / weights.sum()
+    return Gaussian(mean, torch.cov(features.T, aweights=weights), len(features))
+
+
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Fréchet distance of two Gaussians: FID for Inception features (Heusel et al. 2017, eq. 6).
 

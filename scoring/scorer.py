@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from data import NUM_CLASSES, Digits, to_uint8
 from engine import distributed
 from files import UsageError
-from scoring import metrics
+from scoring import metrics, two_sample
 from scoring.extractor import Extractor
 from scoring.reference import Reference, load_reference, measure_reference
 from utils import keyed_generator, sampling_rng
@@ -108,18 +109,19 @@ class Scorer:
 
 @dataclasses.dataclass(frozen=True)
 class TwoWayScorer:
-    """Scores a model without labels and with them.
+    """Scores a model with labels and without them.
 
-    The figures are those without labels. Label accuracy and digit ratios are those with labels, and so is `fid_asked`.
+    The figures are class-conditional, and so is the `fid` that chooses the best epoch. The unconditional FID would be a bad
+    judge: it moves with the shares of the digits, which change by chance from epoch to epoch.
     """
 
     unconditional: Scorer
     conditional: Scorer
 
     def __call__(self, generator: Any) -> dict[str, float]:
-        conditional = self.conditional(generator)
-        renamed = {f"{name}_asked": conditional[name] for name in ("fid", "fid_ratio")}
-        return {**conditional, **self.unconditional(generator), **renamed}
+        unconditional = self.unconditional(generator)
+        renamed = {f"{name}_unconditional": unconditional[name] for name in ("fid", "fid_ratio")}
+        return {**self.conditional(generator), **renamed}
 
 
 def training_scorer(
@@ -173,6 +175,7 @@ class FullScorer:
         self.radius = metrics.ball_radius(self.neighbours)
         self.test_images = test.images
         self.train_images = train.images
+        self.shares = self.labels.bincount(minlength=NUM_CLASSES) / len(self.labels)  # of the digits
 
     @functools.cached_property
     def test_distances(self) -> Tensor:
@@ -184,7 +187,26 @@ class FullScorer:
         figures = {"is": metrics.inception_score(self.probabilities, keyed_generator("cpu", 0, "splits")).mean}
         if self.extractor.knows_digits:
             figures["label_accuracy"] = metrics.label_accuracy(self.probabilities, self.labels)
+            figures |= _named_shares(self.shares)
         return figures
+
+    def told_apart(self, images: Tensor | None = None) -> dict[str, float]:
+        """The two-sample test of images uint8 [N, 1, 28, 28] against training digits; see two_sample.py.
+
+        None: of other training digits. Fewer than 16,000 images on a side: no figure.
+        """
+        digits = self._shuffled_training_digits
+        real, other = digits[: two_sample.NEEDED], digits[two_sample.NEEDED :]
+        images = other if images is None else images.to(digits.device)
+        if min(len(images), len(real)) < two_sample.NEEDED:
+            return {}
+        found = two_sample.two_sample_test(images, real)
+        return {"two_sample": found.accuracy, "two_sample_plain": found.plain, "two_sample_noisy": found.noisy}
+
+    @functools.cached_property
+    def _shuffled_training_digits(self) -> Tensor:
+        order = torch.randperm(len(self.train_images), generator=keyed_generator("cpu", "two-sample"))
+        return self.train_images[order[: 2 * two_sample.NEEDED].to(self.train_images.device)]
 
     def score(
         self, images: Tensor, seed: int, labels: Tensor | None = None, memorised: bool = True
@@ -197,6 +219,9 @@ class FullScorer:
         """
         images = images.to(self.train_images.device)
         features, probabilities = self.extractor(images)
+        shown = {"black": float((images == 0).float().mean())}
+        if labels is None and self.extractor.knows_digits:
+            shown |= self._proportions(features, probabilities.argmax(1))
         if not self.extractor.knows_digits:
             labels = None
         core = core_figures(metrics.gaussian(features), self.statistics, probabilities, seed, labels)
@@ -206,6 +231,7 @@ class FullScorer:
             "is": core.inception.mean,
             "is_splits": core.inception.std,
             **self._fidelity(_at_most(features, NEIGHBOURHOOD, seed))._asdict(),
+            **shown,
         }
         if memorised:
             distances, _ = metrics.nearest_neighbours(images, self.train_images)
@@ -216,6 +242,12 @@ class FullScorer:
         scores["label_accuracy"] = core.label_accuracy
         labels = labels.to(features.device)
         return scores, [self._score_digit(digit, features, probabilities, labels) for digit in range(NUM_CLASSES)]
+
+    def _proportions(self, features: Tensor, classes: Tensor) -> dict[str, float]:
+        """The share of each digit among unconditional samples, and the FID if these shares were right."""
+        right = metrics.reweighted_gaussian(features, classes, self.shares)
+        fid = metrics.frechet_distance(right, self.statistics) if right else math.nan
+        return {"fid_reweighted": fid, **_named_shares(classes.bincount(minlength=NUM_CLASSES) / len(classes))}
 
     def _fidelity(self, features: Tensor) -> metrics.Fidelity:
         return metrics.fidelity(self.neighbours, features, real_radius=self.radius)
@@ -229,6 +261,10 @@ class FullScorer:
             **metrics.fidelity(real, fake)._asdict(),
             "label_accuracy": metrics.label_accuracy(probabilities[chosen], labels[chosen]),
         }
+
+
+def _named_shares(shares: Tensor) -> dict[str, float]:
+    return {f"share_{digit}": float(share) for digit, share in enumerate(shares)}
 
 
 def _at_most(features: Tensor, n: int, seed: int) -> Tensor:

@@ -106,14 +106,20 @@ class Table:
         self.digit_floors: list[dict[str, Any] | None] = [None] * NUM_CLASSES
 
     def add(
-        self, model: str, scores: list[Scores], description: dict[str, Any] | None = None, is_floor: bool = False
+        self,
+        model: str,
+        scores: list[Scores],
+        description: dict[str, Any] | None = None,
+        together: dict[str, float] | None = None,
+        is_floor: bool = False,
     ) -> None:
-        """Add and print a row, given the scores of each repetition."""
+        """Add and print a row, given the scores of each repetition, and the figures of all repetitions `together`."""
         figures, by_digit = zip(*scores)
+        together = together or {}
         head = {"model": model, **self.protocol, "repeats": len(scores)}
-        row = {**head, **_with_ratio(summarise(figures), self.floor), **(description or {})}
+        row = {**head, **_with_ratios(summarise(figures), self.floor), **together, **(description or {})}
         digit_rows = [
-            {**head, "digit": digit, **_with_ratio(summarise(repeated), self.digit_floors[digit])}
+            {**head, "digit": digit, **_with_ratios(summarise(repeated), self.digit_floors[digit])}
             for digit, repeated in enumerate(zip(*by_digit))
         ]
         if is_floor:
@@ -121,7 +127,7 @@ class Table:
             self.digit_floors = [*digit_rows]
         self.rows.append(row)
         self.digit_rows += digit_rows
-        _show(row)
+        _show(row, together)
         _show_digits(digit_rows)
 
     def write(self, folder: Path, origin: dict[str, Any]) -> None:
@@ -140,20 +146,26 @@ def summarise(scores: tuple[dict[str, float], ...]) -> dict[str, float]:
     return summary
 
 
-def _with_ratio(summary: dict[str, float], floor: dict[str, Any] | None) -> dict[str, float]:
-    """The summary, after the ratio of its FID to the floor's, if both are known."""
-    if floor is None or "fid" not in floor or "fid" not in summary:
+def _with_ratios(summary: dict[str, float], floor: dict[str, Any] | None) -> dict[str, float]:
+    """The summary, after the ratios of its FIDs to the floor's FID, where they are known."""
+    if floor is None or "fid" not in floor:
         return summary
-    return {"fid_ratio": summary["fid"] / floor["fid"], "fid_ratio_std": summary["fid_std"] / floor["fid"], **summary}
+    ratios = {}
+    for name, title in (("fid", "fid_ratio"), ("fid_reweighted", "fid_ratio_reweighted")):
+        if name in summary:
+            ratios[title] = summary[name] / floor["fid"]
+            ratios[f"{title}_std"] = summary[f"{name}_std"] / floor["fid"]
+    return {**ratios, **summary}
 
 
-def _show(row: dict[str, Any]) -> None:
-    """Print a row, one figure with its deviation a line."""
+def _show(row: dict[str, Any], together: dict[str, float]) -> None:
+    """Print a row, one figure a line, with its deviation."""
     lines = [f"\n{row['model']}  (n = {row['n']}, {row['repeats']} repeats)"]
     for name, value in row.items():
         if f"{name}_std" in row:
             deviation = f" +- {row[f'{name}_std']:.4f}" if row["repeats"] > 1 else ""
             lines.append(f"  {name:26s} {value:9.4f}{deviation}")
+    lines += [f"  {name:26s} {value:9.4f}" for name, value in together.items()]
     say(*lines)
 
 

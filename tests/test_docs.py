@@ -128,7 +128,7 @@ def figures(measured) -> dict[str, object]:
     floor = measured.rows["real training digits"]
 
     def sampler(name: str, steps: int, eta: float) -> SimpleNamespace:
-        key = ("any digit", name, steps, eta)
+        key = ("unconditional", name, steps, eta)
         ratios = [r["fid_ratio"] for r in measured.samplers if (r["drawn"], r["sampler"], r["steps"], r["eta"]) == key]
         return SimpleNamespace(**estimate(ratios)._asdict())
 

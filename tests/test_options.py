@@ -23,7 +23,7 @@ def test_the_defaults_without_labels():
 
 
 def test_the_defaults_with_labels():
-    assert resolved(with_labels=True) == SamplingOptions("dpm-solver++", steps=15, guidance=1.0, eta=0.8, precision="fp32")
+    assert resolved(with_labels=True) == SamplingOptions("dpm-solver++", steps=15, guidance=1.0, eta=0.5, precision="fp32")
 
 
 def test_guidance_scale_0_has_the_defaults_without_labels():

@@ -29,7 +29,7 @@ def test_a_run_writes_its_log_its_best_checkpoint_and_its_gif(whole_run, trainer
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
     losses, rates = (["loss"], ["lr", "muon_lr"]) if trainer.prefix == "DIFF" else (["loss_d", "loss_g"], ["lr", "d_lr"])
     by_class = [] if trainer.prefix == "GAN" else ["label_accuracy", *(f"fid_ratio_{digit}" for digit in range(10))]
-    by_class += ["fid_asked", "fid_ratio_asked"] if trainer.prefix == "DIFF" else []
+    by_class += ["fid_unconditional", "fid_ratio_unconditional"] if trainer.prefix == "DIFF" else []
     warnings = [row.pop("warning", "") for row in rows]  # possible after so little training
     assert all(warning == "" or "mode collapse" in warning or "dead discriminator" in warning for warning in warnings)
     scores = ["fid", "fid_ratio", "is", "is_std", "digits", "variety"]
