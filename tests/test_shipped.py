@@ -156,10 +156,11 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("title", EXPORTS)
-def test_checkpoints_hold_the_best_epoch_of_their_log(title):
+def test_checkpoints_hold_an_epoch_of_their_log(title):
+    """The best one of a GAN. The last one of the diffusion model, whose learning rate has fallen to zero there."""
     rows = read_csv(f"{title}_training_log.csv")
     assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
-    best = min((row for row in rows if row["fid"]), key=lambda row: float(row["fid"]))
+    best = rows[-1] if title == "diffusion" else min((row for row in rows if row["fid"]), key=lambda row: float(row["fid"]))
     for name in EXPORTS[title]:
         meta = load_model(CHECKPOINTS / name).meta
         assert meta["epoch"] == int(best["epoch"])
@@ -187,7 +188,7 @@ def test_the_shipped_diffusion_model_scores_what_its_log_says(extractor, mnist_d
     flags, figures = generator.meta["flags"], generator.meta["metrics"]
     options = {name: flags[name] for name in ("sampler", "steps", "eta", "guidance")}
     train = data.load_digits("mnist", "train", mnist_dir)
-    scores = training_scorer(train, extractor, 500, flags["seed"], False, options)(generator)
+    scores = training_scorer(train, extractor, 500, flags["seed"], True, options)(generator)
     floors = load_reference("train", extractor).floors
     excess = figures["fid"] - floors[flags["eval_samples"]].fid.mean
     assert scores["fid"] - floors[500].fid.mean == pytest.approx(excess, abs=1)
