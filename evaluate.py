@@ -96,11 +96,13 @@ def main(argv: list[str] | None = None) -> None:
     from checkpoint import load_generator
     from engine import distributed
     from scoring.scorer import FullScorer, proportional_labels
-    from scoring.table import Table, plan
-    from utils import choose_device, provenance, sampling_rng, scoring_device
+    from scoring.table import Scores, Table, plan
+    from scoring.two_sample import NEEDED
+    from utils import choose_device, provenance, resolve_precision, sampling_rng, scoring_device
 
     # Load the checkpoints first, so that a bad one is refused before any work
     device = choose_device(args.device)
+    resolve_precision(args.precision or "fp32", device)  # refuses what the device cannot do
     distributed.join(device)
     models = args.models or [find_default(model) for model in SHIPPED]
     generators = {model: load_generator(model, device) for model in models}
@@ -115,8 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     origin = {"versions": provenance(), "extractor_sha256": extractor.sha256}
     evaluations = args.seeds * args.n * sum(job.evaluations for job in jobs)
     print(f"to do: {evaluations:,} network evaluations in {args.seeds * len(jobs)} samplings, each of them scored")
-    if not enough_for_two_samples(args):
-        print("the two-sample test is left out: --n times --seeds is too few samples of a row for it")
+    enough = args.n * args.seeds >= NEEDED
+    if not enough:
+        print(f"the two-sample test is left out: it needs {NEEDED:,} samples of a model (--n times --seeds)")
 
     # Real digits, beside which the models stand
     scorer = FullScorer(target, test, train, extractor)
@@ -128,19 +131,20 @@ def main(argv: list[str] | None = None) -> None:
         "device": device.type if distributed.count() == 1 else f"{distributed.count()} x {device.type}",
     }
     table = Table(protocol)
-    score_real_digits(args, scorer, table, train, target)
+    score_real_digits(args, scorer, table, train, target, scorer.told_apart() if enough else {})
 
     # Models, with several seeds. A class-conditional one draws the reference's own labels.
     with tqdm(total=evaluations, unit="eval", unit_scale=True, disable=None if is_first() else True) as bar:
         for job in jobs:
-            scores, drawn = [], []
+            scores: list[Scores] = []
+            drawn: list[torch.Tensor] = []  # of all seeds, as many as the two-sample test needs
             for seed in range(args.seed, args.seed + args.seeds):
                 labels = proportional_labels(target, args.n, seed) if job.with_labels else None
                 samples, cost = job.draw(args.n, labels, sampling_rng(seed), bar)
                 images = data.to_uint8(samples)
                 figures, digits = scorer.score(images, seed, labels)
                 scores.append((cost | figures, digits))
-                drawn.append(images)
+                drawn.append(images[: max(0, NEEDED - sum(map(len, drawn)))])
             bar.clear()
             table.add(job.name, scores, job.description, scorer.told_apart(torch.cat(drawn)))
 
@@ -159,13 +163,6 @@ def options_of(args: argparse.Namespace, generators: dict[str, Any]) -> dict[str
     }
 
 
-def enough_for_two_samples(args: argparse.Namespace) -> bool:
-    """Whether a row has as many samples, of all seeds together, as the two-sample test needs."""
-    from scoring.two_sample import NEEDED
-
-    return args.n * args.seeds >= NEEDED
-
-
 def load_extractor(args: argparse.Namespace, device: torch.device) -> Any:
     """The network whose features are compared."""
     if args.extractor == "inception":
@@ -177,8 +174,17 @@ def load_extractor(args: argparse.Namespace, device: torch.device) -> Any:
     return Extractor(device)
 
 
-def score_real_digits(args: argparse.Namespace, scorer: FullScorer, table: Table, train: Digits, target: Digits) -> None:
+def score_real_digits(
+    args: argparse.Namespace,
+    scorer: FullScorer,
+    table: Table,
+    train: Digits,
+    target: Digits,
+    told_apart: dict[str, float],
+) -> None:
     """The floor (random training digits, scored like samples), and the figures of the reference digits themselves.
+
+    `told_apart` is the two-sample test of real digits against real digits.
 
     Against the training set there is no floor: its digits would be compared with themselves.
     """
@@ -187,8 +193,7 @@ def score_real_digits(args: argparse.Namespace, scorer: FullScorer, table: Table
     if target is not train:
         subsets = [train.subset(args.n, "floor", i) for i in range(FLOOR_SUBSETS)]
         scores = [scorer.score(part.images, i, part.labels, memorised=False) for i, part in enumerate(subsets)]
-        together = scorer.told_apart() if enough_for_two_samples(args) else {}
-        table.add("real training digits", scores, together=together, is_floor=True)
+        table.add("real training digits", scores, together=told_apart, is_floor=True)
     table.add("real training digits" if target is train else "real test digits", [(scorer.own_figures(), [])])
 
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--steps", type=integer(1), nargs="+", default=[5, 10, 15, 20, 50], help="of DPM-Solver++ and DDIM")
     flag("--eta", type=ETA, nargs="+", default=[0.0, UNCONDITIONAL_ETA], help="of unconditional DPM-Solver++")
     flag("--guidance", type=GUIDANCE, nargs="+", default=[1.0, 1.5, 2.0, SCRIPT_GUIDANCE, 3.0], help="guidance scales")
-    etas = [0.0, 0.25, CONDITIONAL_ETA, 0.8, 1.5, 2.5]
+    etas = [0.0, CONDITIONAL_ETA, 0.8, 1.5]
     flag("--digit-eta", type=ETA, nargs="+", default=etas, help="of class-conditional samples")
     flag("--seeds", type=integer(1), default=3, help="seeds of DPM-Solver++, of DDIM, and of 100 ancestral steps")
     flag("--full-seeds", type=integer(0), default=1, help="seeds of ancestral sampling with every timestep")

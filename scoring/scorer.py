@@ -19,7 +19,7 @@ from files import UsageError
 from scoring import metrics, two_sample
 from scoring.extractor import Extractor
 from scoring.reference import Reference, load_reference, measure_reference
-from utils import keyed_generator, sampling_rng
+from utils import keyed_generator
 
 NEIGHBOURHOOD = 10_000  # features on either side of precision, recall, density and coverage
 DIGIT_SHARE = 0.01  # of the samples: a digit counts as drawn from this share on
@@ -84,7 +84,9 @@ class Scorer:
 
         `digits` is the number of digits with at least 1 % of the samples; for `variety` see `metrics.variety`.
         """
-        samples = distributed.sample(generator, self.n, self.labels, sampling_rng(self.seed), **self.options)
+        # Not `sampling_rng`: evaluate.py must not score the very samples that chose the epoch
+        rng = keyed_generator("cpu", self.seed, "scoring")
+        samples = distributed.sample(generator, self.n, self.labels, rng, **self.options)
         features, probabilities = self.extractor(to_uint8(samples))
         fake, real = metrics.gaussian(features), self.reference.statistics.whole
         core = core_figures(fake, real, probabilities, self.seed, self.labels)
@@ -220,9 +222,9 @@ class FullScorer:
         images = images.to(self.train_images.device)
         features, probabilities = self.extractor(images)
         shown = {"black": float((images == 0).float().mean())}
-        if labels is None and self.extractor.knows_digits:
+        if self.extractor.knows_digits:
             shown |= self._proportions(features, probabilities.argmax(1))
-        if not self.extractor.knows_digits:
+        else:
             labels = None
         core = core_figures(metrics.gaussian(features), self.statistics, probabilities, seed, labels)
         scores = {
@@ -244,7 +246,7 @@ class FullScorer:
         return scores, [self._score_digit(digit, features, probabilities, labels) for digit in range(NUM_CLASSES)]
 
     def _proportions(self, features: Tensor, classes: Tensor) -> dict[str, float]:
-        """The share of each digit among unconditional samples, and the FID if these shares were right."""
+        """The share of each digit among the samples, and the FID if these shares were right."""
         right = metrics.reweighted_gaussian(features, classes, self.shares)
         fid = metrics.frechet_distance(right, self.statistics) if right else math.nan
         return {"fid_reweighted": fid, **_named_shares(classes.bincount(minlength=NUM_CLASSES) / len(classes))}

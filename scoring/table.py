@@ -147,14 +147,12 @@ def summarise(scores: tuple[dict[str, float], ...]) -> dict[str, float]:
 
 
 def _with_ratios(summary: dict[str, float], floor: dict[str, Any] | None) -> dict[str, float]:
-    """The summary, after the ratios of its FIDs to the floor's FID, where they are known."""
-    if floor is None or "fid" not in floor:
-        return summary
+    """The summary, after the ratios of its FIDs to those of the floor, where both are known."""
     ratios = {}
     for name, title in (("fid", "fid_ratio"), ("fid_reweighted", "fid_ratio_reweighted")):
-        if name in summary:
-            ratios[title] = summary[name] / floor["fid"]
-            ratios[f"{title}_std"] = summary[f"{name}_std"] / floor["fid"]
+        if floor is not None and name in floor and name in summary:
+            ratios[title] = summary[name] / floor[name]
+            ratios[f"{title}_std"] = summary[f"{name}_std"] / floor[name]
     return {**ratios, **summary}
 
 

@@ -388,11 +388,14 @@ class Recorder(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("what", ["gan", "cgan", "diffusion", "sampling"])
+@pytest.mark.parametrize("what", ["gan", "cgan", "diffusion", "sampling", "call"])
 def test_each_choice_that_is_undone_changes_the_computation(what, mnist_dir, monkeypatch):
     """All but torch.compile, which takes a minute, and the allocator's settings."""
     choices = load("choices")
     monkeypatch.setattr(choices, "our_network", lambda device: choices.ddpm.build("ddpm", width=8).to(device))
+    monkeypatch.setattr(choices.models, "SamplingNoise", choices.models.SamplingNoise)  # which a choice replaces
+    if what == "call":
+        monkeypatch.setitem(choices.SAMPLED, "cpu", 8)
     loop, names = choices.TABLES[what]
     digits = data.load_digits("mnist", "train", mnist_dir).subset(64, "few")
     args = argparse.Namespace(batch_size=8, data_dir=mnist_dir)

@@ -75,12 +75,6 @@ def test_the_scorer_counts_black_pixels_and_digits(scorer):
     assert [figures[f"share_{digit}"] for digit in range(10)] == pytest.approx(read.tolist())
 
 
-def test_samples_with_labels_have_no_shares(scorer):
-    figures, _ = scorer.score(scorer.test_images[:1000], seed=0, labels=scorer.labels[:1000])
-    assert "share_0" not in figures
-    assert "fid_reweighted" not in figures
-
-
 def test_reweighting_removes_what_wrong_shares_add_to_the_fid(scorer):
     fewer_ones = scorer.test_images[(scorer.labels != 1) | (torch.arange(2000) % 3 == 0)]
     figures, _ = scorer.score(fewer_ones, seed=0)
