@@ -221,7 +221,8 @@ ETA = number(f"[0, {max(MAX_ETA.values()):g}]")
 GUIDANCE = number(f"[0, {MAX_GUIDANCE}]")
 OUT_DIR = ("--out-dir", "--outdir")  # every script takes both
 DATA_DIR_HELP = "where MNIST/raw is, or is downloaded to (default: $MNIST_DIR, else data)"
-DEVICE_HELP = "auto, cpu, cuda, cuda:1, ..., or mps (an Apple GPU, never chosen by auto)"
+CUDA_DEVICE_HELP = "auto, cpu, cuda, cuda:1, ..."
+DEVICE_HELP = f"{CUDA_DEVICE_HELP}, or mps (an Apple GPU, never chosen by auto)"
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 # Device and precision
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The torch device called `name`. `auto` is the GPU where there is one, else the CPU.
+def choose_device(name: str = "auto", apple: bool = True) -> torch.device:
+    """The torch device called `name`. `auto` is the CUDA GPU where there is one, else the CPU.
+
+    `apple=False`: refuse Apple's GPUs.
 
     Raises:
         UsageError: the device does not exist on this machine.
@@ -38,8 +40,8 @@ def choose_device(name: str = "auto") -> torch.device:
         name = f"cuda:{processes().local_rank}"  # each of torchrun's processes has its own GPU
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("only cpu, cuda and mps are supported")
+        if device.type not in ("cpu", "cuda", *(["mps"] if apple else [])):
+            raise RuntimeError(f"only cpu{', cuda and mps' if apple else ' and cuda'} are supported")
         if device.type != "mps":
             torch.zeros(1, device=device)
         elif not torch.backends.mps.is_available():

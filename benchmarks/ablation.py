@@ -36,7 +36,7 @@ import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA, ScheduledLR
-from cli import DATA_DIR_HELP, DEVICE_HELP, SEED, ArgumentParser, expanded_path, number, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, SEED, ArgumentParser, expanded_path, number, run_script
 from diffusion.options import OPTION_NAMES, PRECISIONS
 from engine.cuda_graph import ORDINARY_CALLS
 from figures import charts
@@ -103,6 +103,7 @@ DIFFUSION_KNOBS = SHARED_KNOBS | {
     "timesteps",
     "schedule",
     "prediction",
+    "black",
     "time_power",
     "stable_targets",
     "label_dropout",
@@ -127,12 +128,12 @@ def main(argv: list[str] | None = None) -> None:
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples in a scoring: a size whose floor is known")
     flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: bf16 where the device has it")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     flag("--out", type=expanded, default=Path("reports/ablation.csv"), help="the table to write")
     args = parser.parse_args(argv)
     check_outputs(("--out", args.out, (".csv",)))
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(device) else "fp32"
     recipes = {text: trainer_args(args.model, text) for text in args.recipes or RECIPES[args.model]}

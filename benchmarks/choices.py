@@ -38,7 +38,7 @@ import train_cgan
 import train_diffusion
 import train_gan
 from callbacks import EMA
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, run_script
 from diffusion.options import PRECISIONS
 from engine.guard import Guard
 from engine.muon import Muon
@@ -84,12 +84,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_timing_flags(parser)
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     parser.set_defaults(steps=5, repeats=3)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     for what, precision in itertools.product(args.what, args.precisions or precisions(device)):
         choices = possible(TABLES[what][1], device)
         if args.undo is not None:
@@ -130,7 +130,7 @@ def loop(args: argparse.Namespace, what: str, precision: str, choice: str) -> It
     if choice != ALLOCATOR:
         if what == "diffusion":
             ask_for_huge_pages()
-        device = choose_device(args.device)
+        device = choose_device(args.device, apple=False)
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     return TABLES[what][0](args, digits, precision, choice)
 

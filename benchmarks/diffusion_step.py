@@ -34,7 +34,7 @@ from torch.nn import functional as F
 import data
 import train_diffusion
 from callbacks import EMA
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, run_script
 from loop import TrainState
 from models import CHUNK_SIZE, build
 from recipes.ddpm import assemble
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(__doc__)
     add_timing_flags(parser)
     parser.add_argument("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--device", default="auto", help=CUDA_DEVICE_HELP)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 def our_settings(args: argparse.Namespace) -> torch.device:
     """Make the trainer's allocator settings. Returns the device."""
     ask_for_huge_pages()
-    return choose_device(args.device)
+    return choose_device(args.device, apple=False)
 
 
 def with_our_settings(loop: Callable[..., Iterator[None]], args: argparse.Namespace, *others: object) -> Iterator[None]:

@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, run_script
 from diffusion.options import PRECISIONS
 from files import ExpectedError, check_outputs, expanded, write_csv
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         help="environment variables of the trainings, such as OMP_NUM_THREADS=1",
     )
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     flag("--out", type=expanded, default=Path("runs/growth.csv"), help="the table to write")
     args = parser.parse_args(argv)
     check_outputs(("--out", args.out, (".csv",)))

@@ -26,7 +26,7 @@ from timing import precisions, wait_for_device
 
 import data
 from checkpoint import load_generator
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, run_script
 from files import UsageError
 from scoring import metrics
 from scoring.extractor import Extractor
@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("--repeats", type=integer(1), default=3, help="timed repeats")
     flag("--only", nargs="+", default=[""], metavar="TEXT", help="the lines that contain one of these (default: all)")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     args = parser.parse_args(argv)
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     data_dir = args.data_dir or data.default_data_dir()
     generator = load_generator(args.model, device)
     extractor = Extractor(device)

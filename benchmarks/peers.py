@@ -36,7 +36,7 @@ from torch.nn import functional as F
 import data
 import train_diffusion
 from callbacks import EMA, ScheduledLR
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, number, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, number, run_script
 from diffusion.options import PRECISIONS
 from figures.images import image_grid, write_png
 from files import check_outputs, expanded, write_csv
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> None:
     flag("--n", type=int, choices=FLOOR_SIZES, default=2000, help="samples to score: a size whose floor is known")
     flag("--peer-lr", type=number("(0, inf)"), default=1e-4, help="learning rate of the others; 1e-4 is their own")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     flag("--out", type=expanded, default=Path("runs/peers.csv"), help="the table to write")
     args = parser.parse_args(argv)
     check_outputs(("--out", args.out, (".csv",)))
 
     ask_for_huge_pages()
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     digits = data.load_digits("mnist", "train", args.data_dir or data.default_data_dir(), device)
     extractor = Extractor(device)
     scorer = Scorer(extractor, load_reference("train", extractor), args.n, seed=0)

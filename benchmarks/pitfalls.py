@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 from checkpoint import file_sha256, load_generator
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, run_script
 from diffusion import process, samplers
 from diffusion.options import PRECISIONS
 from files import ExpectedError, check_outputs, expanded, find_default, write_csv
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         help="steps of ancestral sampling; a schedule of so many timesteps is one of the mistakes",
     )
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     flag("--precision", choices=PRECISIONS, default="fp32", help="of the diffusion model's evaluations")
     flag("--out", type=expanded, default=Path("reports/pitfalls.csv"), help="the table to write")
     args = parser.parse_args(argv)
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     args.gan = args.gan or find_default("checkpoints/best_GAN_G.pt")
     args.diffusion = args.diffusion or find_default("checkpoints/best_DIFF.pt")
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     gan = load_generator(args.gan, device)
     ddpm = load_generator(args.diffusion, device)
     is_gan = not gan.SAMPLE_OPTIONS and not gan.config.num_classes

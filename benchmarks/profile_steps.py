@@ -23,7 +23,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import data
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, run_script
 from diffusion.options import PRECISIONS
 from engine.cuda_graph import ORDINARY_CALLS
 from utils import choose_device
@@ -40,10 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     flag("--steps", type=integer(1), default=5, help="profiled steps")
     flag("--rows", type=integer(1), default=12, help="operations to show")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     digits = data.load_digits("mnist", "train", args.data_dir, device)
     gan = argparse.Namespace(**vars(args), width=32, loss="hinge")  # the trainer's defaults
     for precision in args.precisions or precisions(device):

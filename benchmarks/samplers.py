@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from checkpoint import file_sha256, load_generator
-from cli import DATA_DIR_HELP, DEVICE_HELP, ETA, GUIDANCE, OUT_DIR, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ETA, GUIDANCE, OUT_DIR, ArgumentParser, expanded_path, integer, run_script
 from diffusion.options import CONDITIONAL_ETA, DEFAULT_STEPS, PRECISIONS, SCRIPT_GUIDANCE, UNCONDITIONAL_ETA
 from diffusion.process import Level
 from diffusion.samplers import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations
@@ -69,14 +69,14 @@ def main(argv: list[str] | None = None) -> None:
     flag("--seeds", type=integer(1), default=3, help="seeds of DPM-Solver++, of DDIM, and of 100 ancestral steps")
     flag("--full-seeds", type=integer(0), default=1, help="seeds of ancestral sampling with every timestep")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     flag("--precision", choices=PRECISIONS, default="fp32", help="of the network's evaluations")
     flag(*OUT_DIR, type=expanded, default=Path("reports"), help="folder for samplers.csv and samplers.png")
     args = parser.parse_args(argv)
     check_writable(args.out_dir)
     args.model = args.model or find_default("checkpoints/best_DIFF.pt")
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     model = load_generator(args.model, device)
     if "sampler" not in model.SAMPLE_OPTIONS or model.config.num_classes != data.NUM_CLASSES:
         raise ExpectedError(f"{args.model} holds no diffusion model of ten classes, whose samplers could be compared")

@@ -34,7 +34,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
 import data
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, run_script
 from files import ExpectedError, check_outputs, expanded, write_csv
 from scoring import metrics, two_sample
 from scoring.extractor import Extractor
@@ -149,14 +149,14 @@ def main(argv: list[str] | None = None) -> None:
     flag = parser.add_argument
     flag("--n", type=integer(10, 10**6), default=5000, help=f"digits at each level, at most {MAX_DIGITS}")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     flag("--out", type=expanded, default=Path("reports/self_check.csv"), help="the table to write")
     args = parser.parse_args(argv)
     check_outputs(("--out", args.out, (".csv",)))
     if args.n > MAX_DIGITS:
         parser.error(f"--n {args.n} is more than the {MAX_DIGITS} training digits of the two classes that remain in the end")
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     data_dir = args.data_dir or data.default_data_dir()
     train, test = (data.load_digits("mnist", split, data_dir, device) for split in ("train", "test"))
     scorer = FullScorer(test, test, train, Extractor(device))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import data
 import train_gan
 from callbacks import EMA
-from cli import DATA_DIR_HELP, DEVICE_HELP, ArgumentParser, expanded_path, integer, run_script
+from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, integer, run_script
 from loop import TrainState
 from models import build
 from recipes.gan import LOSSES, assemble
@@ -49,11 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     add_timing_flags(parser)
     flag("--workers", type=integer(0), default=0, help="loader processes of the plain loop")
     flag("--data-dir", type=expanded_path, default=None, help=DATA_DIR_HELP)
-    flag("--device", default="auto", help=DEVICE_HELP)
+    flag("--device", default="auto", help=CUDA_DEVICE_HELP)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or data.default_data_dir()
 
-    device = choose_device(args.device)
+    device = choose_device(args.device, apple=False)
     data.batches_per_epoch(data.load_digits("mnist", "train", args.data_dir), args.batch_size)  # checks both
     loops: dict[str, Loop] = {}
     if device.type == "cpu":
@@ -68,7 +68,7 @@ def with_our_settings(
     loop: Callable[..., Iterator[Any]], args: argparse.Namespace, *others: object
 ) -> Iterator[tuple[float, float] | None]:
     """The loop with the allocator settings that `choose_device` makes."""
-    return loop(args, choose_device(args.device), *others)
+    return loop(args, choose_device(args.device, apple=False), *others)
 
 
 def plain_loop(args: argparse.Namespace, device: torch.device) -> Iterator[tuple[float, float]]:

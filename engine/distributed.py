@@ -1,6 +1,6 @@
 """Several processes with one result, as torchrun starts them. Each computes a share of every batch and of all samples.
 
-Every process draws the random numbers of the whole batch and keeps its rows. So the result depends on the number of
+Every process draws the random numbers of the whole training batch and keeps its rows. So the result depends on the number of
 processes by rounding alone, except for BatchNorm, which sees the rows of its process. Decisions are exchanged over gloo, on
 the CPU, so that nobody waits for a GPU. With one process, every function here is the identity.
 

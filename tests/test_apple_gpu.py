@@ -124,10 +124,13 @@ def test_an_apple_gpu_is_used_where_pytorch_finds_one(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("mps") == MPS
     assert choose_device("auto").type != "mps"
+    with pytest.raises(UsageError, match="only cpu and cuda"):
+        choose_device("mps", apple=False)
 
 
 @pytest.mark.parametrize("script", ["infer.py", "train_gan.py"])
-def test_an_apple_gpu_that_is_not_there_is_refused(script, run):
+def test_an_apple_gpu_that_is_not_there_is_refused(script, run, monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     code, _, err = run(script, "--device", "mps")
     assert code == 2
     assert "no Apple GPU" in error_line(err)

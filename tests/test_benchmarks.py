@@ -139,7 +139,7 @@ def test_samplers_drops_rows_of_another_protocol_and_measures_nothing_twice(samp
 
 @pytest.fixture(scope="module")
 def digits_to_check(mnist_dir):
-    """A scorer against the test set, and 2,500 training digits."""
+    """A scorer against the test set, and 2,500 training digits. The two-sample test is left to `long`."""
     train, test = (data.load_digits("mnist", split, mnist_dir) for split in ("train", "test"))
     return FullScorer(test, test, train, Extractor()), train.subset(2500, "few")
 
@@ -147,6 +147,7 @@ def digits_to_check(mnist_dir):
 def test_every_figure_gets_worse_with_damage(digits_to_check, run_benchmark, monkeypatch, mnist_dir, tmp_path):
     scorer, _ = digits_to_check
     monkeypatch.setattr(load("self_check"), "FullScorer", lambda *_: scorer)
+    monkeypatch.setattr(load("self_check"), "TOLD_APART", [])
     monkeypatch.setattr(metrics, "kernel_distance", functools.partial(metrics.kernel_distance, subsets=10))  # saves seconds
     code, out, err = run_benchmark("self_check", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")
     assert code == 0, err
@@ -159,10 +160,27 @@ def test_a_figure_that_does_not_see_damage_is_named(digits_to_check, run_benchma
     scorer, _ = digits_to_check
     self_check = load("self_check")
     monkeypatch.setattr(self_check, "FullScorer", lambda *_: scorer)
+    monkeypatch.setattr(self_check, "TOLD_APART", [])
     monkeypatch.setattr(self_check, "DAMAGES", {self_check.shifted: ((0, 4, 1), ("fid",))})
     code, _, err = run_benchmark("self_check", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")
     assert code == 1
     assert "fid of shifted digits" in error_line(err)
+
+
+@pytest.mark.parametrize(("wanted", "code"), [((0.9, 1), 0), ((0.4, 0.6), 1)])
+def test_the_two_sample_test_is_checked(wanted, code, digits_to_check, run_benchmark, monkeypatch, mnist_dir, tmp_path):
+    """With a small budget, for digits with a haze that nobody can miss."""
+    scorer, _ = digits_to_check
+    self_check = load("self_check")
+    monkeypatch.setattr(self_check, "FullScorer", lambda *_: scorer)
+    monkeypatch.setattr(self_check, "DAMAGES", {self_check.shifted: ((0, 4), ("fid",))})
+    monkeypatch.setattr(self_check, "TOLD_APART", [("hazy", 200, *wanted)])
+    for name, value in {"TRAIN": 600, "JUDGED": 400, "NEEDED": 1000}.items():
+        monkeypatch.setattr(self_check.two_sample, name, value)
+    found, _, err = run_benchmark("self_check", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")
+    assert found == code, err
+    assert ("two-sample accuracy of hazy digits" in err) == (code == 1)
+    assert float(read_csv(tmp_path / "a.csv")[-1]["two_sample"]) > 0.9
 
 
 def test_our_metrics_agree_with_the_independent_implementations(digits_to_check, capsys):
@@ -198,6 +216,7 @@ def test_a_difference_from_another_implementation_is_one_error_line(
     scorer, _ = digits_to_check
     self_check = load("self_check")
     monkeypatch.setattr(self_check, "FullScorer", lambda *_: scorer)
+    monkeypatch.setattr(self_check, "TOLD_APART", [])
     monkeypatch.setattr(self_check, "DAMAGES", {self_check.shifted: ((0, 4), ("fid",))})
     monkeypatch.setattr(metrics, "frechet_distance", wrong_distance)
     code, _, err = run_benchmark("self_check", "--n", 500, "--data-dir", mnist_dir, "--out", tmp_path / "a.csv")

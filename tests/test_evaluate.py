@@ -12,6 +12,7 @@ from conftest import ROOT, SHIPPED, error_line, read_csv, reading_fewer_digits, 
 
 from checkpoint import file_sha256
 from data import load_digits, to_model_range
+from scoring import two_sample
 from scoring.extractor import Extractor
 from scoring.reference import Reference, summary
 from scoring.scorer import FullScorer, Scorer, proportional_labels
@@ -30,11 +31,13 @@ REAL, TEST, GAN, DDPM, CGAN, DDPM_BY_DIGIT = (
 
 @pytest.fixture(scope="module")
 def evaluated(mnist_dir, tmp_path_factory):
-    """The folder of an evaluation of three models on fewer digits."""
+    """The folder of an evaluation of three models on fewer digits, with a small two-sample test."""
     folder = tmp_path_factory.mktemp("evaluated")
     models = [SHIPPED, SHIPPED_CONDITIONAL, tiny_ddpm(folder)]
     args = ["--models", *models, "--n", 300, "--seeds", 2, "--steps", 2, "--guidance", 1.5, "--device", "cpu"]
-    with reading_fewer_digits(train=2000, test=600):
+    with reading_fewer_digits(train=2000, test=600), pytest.MonkeyPatch.context() as patch:
+        for name, value in {"TRAIN": 400, "JUDGED": 200, "NEEDED": 600, "EPOCHS": 10}.items():
+            patch.setattr(two_sample, name, value)
         main = runpy.run_path(str(ROOT / "evaluate.py"))["main"]
         main([*map(str, args), "--data-dir", mnist_dir, "--out-dir", str(folder)])
     return folder
@@ -74,6 +77,22 @@ def test_the_fid_ratio_is_the_fid_over_the_floor(rows, digit_rows):
     assert float(rows[GAN]["fid_ratio"]) == pytest.approx(float(rows[GAN]["fid"]) / float(rows[REAL]["fid"]), rel=1e-4)
     for floor, row in zip(digit_rows[:10], digit_rows[10:20]):
         assert float(row["fid_ratio"]) == pytest.approx(float(row["fid"]) / float(floor["fid"]), rel=1e-4)
+
+
+def test_the_reweighted_ratio_has_the_reweighted_floor(rows):
+    ratio = float(rows[GAN]["fid_reweighted"]) / float(rows[REAL]["fid_reweighted"])
+    assert float(rows[GAN]["fid_ratio_reweighted"]) == pytest.approx(ratio, rel=1e-4)
+
+
+def test_the_two_sample_test_tells_untrained_samples_and_not_real_digits(rows):
+    assert {name for name, row in rows.items() if row["two_sample"]} == {REAL, GAN, DDPM, CGAN, DDPM_BY_DIGIT}
+    assert float(rows[DDPM]["two_sample"]) > 0.95
+    assert float(rows[REAL]["two_sample"]) < 0.6
+
+
+def test_the_shares_of_a_row_are_those_of_its_labels(rows):
+    assert float(rows[CGAN]["share_1"]) == pytest.approx(float(rows[TEST]["share_1"]), abs=0.01)
+    assert sum(float(rows[GAN][f"share_{digit}"]) for digit in range(10)) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", ["fid", "kid", "recall", "coverage", "nearest_share_close"])

@@ -17,7 +17,7 @@ from checkpoint import file_sha256
 PARTS = {
     "README.md": ["overview", "colab"],
     "README.pt-BR.md": ["overview", "colab"],
-    "docs/results.md": ["results", "pitfalls", "ablation", "self check"],
+    "docs/results.md": ["results", "shares", "pitfalls", "ablation", "self check"],
 }
 CONCLUSION = "## What the figures say\n\n**Cost.** Diffusion costs\n15 evaluations.\n\n## Next\n"
 
@@ -93,7 +93,8 @@ def test_the_page_has_the_measured_tables(page, drawn):
     for row in read_csv(drawn / "reports" / "pitfalls.csv"):
         assert f"<td>{int(row['n']):,}</td><td>{float(row['fid']):,.2f}</td>" in page
     for row in read_csv(drawn / "reports" / "self_check.csv"):
-        assert f"<td>{row['damage']}</td><td>{row['level']}</td><td>{float(row['fid']):,.2f}</td>" in page
+        fid = f"{float(row['fid']):,.2f}" if row["fid"] else ""
+        assert f"<td>{row['damage']}</td><td>{row['level']}</td><td>{fid}</td>" in page
 
 
 def test_the_page_has_the_conclusions_written_by_hand(page):
@@ -141,11 +142,12 @@ def test_the_overview_has_a_line_for_each_model(drawn):
     for label, model in (("DCGAN", "dcgan"), ("DDPM, class-conditional", "ddpm, by digit")):
         row = rows[model]
         assert lines[label][1] == f"{row['fid_ratio']:.1f} ± {row['fid_ratio_std']:.1f}"
-        assert lines[label][5] == f"{row['images_per_second']:,.0f}"
+        assert lines[label][3] == f"{100 * row['two_sample']:.1f}"
+        assert lines[label][8] == f"{row['images_per_second']:,.0f}"
     assert lines["real training digits"][1] == "1"
-    assert lines["DCGAN"][3] == ""  # an unconditional model has no label accuracy
+    assert lines["DCGAN"][6] == ""  # an unconditional model has no label accuracy
     seconds = float(read_csv(drawn / "reports" / "gan_training_log.csv")[-1]["seconds"])
-    assert lines["DCGAN"][6] == f"{seconds / 60:.1f} min"
+    assert lines["DCGAN"][9] == f"{seconds / 60:.1f} min"
 
 
 def test_the_portuguese_overview_has_decimal_commas(drawn):
