@@ -112,7 +112,7 @@ def overview(measured: Measured) -> Cells:
     for row in [measured.rows["real training digits"], *measured.models]:
         minutes = measured.training_minutes(row["model"])
         floor = row["model"] == "real training digits"
-        cells = ["1" if floor and figure.name == "fid_ratio" else _cell(row, figure) for figure in OVERVIEW_FIGURES]
+        cells = ["1" if floor and figure.name.startswith("fid_ratio") else _cell(row, figure) for figure in OVERVIEW_FIGURES]
         lines.append([label_of(row["model"]), *cells, "" if minutes is None else f"{minutes:.1f} min"])
     return Cells(["", *(figure.title for figure in OVERVIEW_FIGURES), "training"], lines)
 

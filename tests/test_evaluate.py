@@ -91,7 +91,7 @@ def test_the_two_sample_test_tells_untrained_samples_and_not_real_digits(rows):
 
 
 def test_the_shares_of_a_row_are_those_of_its_labels(rows):
-    assert float(rows[CGAN]["share_1"]) == pytest.approx(float(rows[TEST]["share_1"]), abs=0.01)
+    assert float(rows[CGAN]["share_1"]) == pytest.approx(float(rows[TEST]["share_1"]), abs=0.02)
     assert sum(float(rows[GAN][f"share_{digit}"]) for digit in range(10)) == pytest.approx(1, abs=1e-3)
 
 
