@@ -120,7 +120,7 @@ def test_samplers_drops_rows_of_another_protocol_and_measures_nothing_twice(samp
     picture = (out / "samplers.png").read_bytes()
     first = table.read_text().splitlines()[1]
     checkpoint = read_csv(table)[0]["checkpoint"]
-    changes = [(checkpoint, "0" * 16), ("renewed below 2,", "renewed below 3,"), (",cpu,", ",cuda,")]
+    changes = [(checkpoint, "0" * 16), ("noise below 2,", "noise below 3,"), (",cpu,", ",cuda,")]
     changes += [(",fp32,", ",bf16,"), (",50,", ",1000,")]
     with table.open("a") as file:
         file.writelines(first.replace(*change) + "\n" for change in changes)
