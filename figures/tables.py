@@ -99,7 +99,7 @@ def all_figures(rows: list[Row]) -> Cells:
 
 
 def shares(measured: Measured) -> Cells:
-    """The shares of the ten digits: of the test digits, and of each unconditional model. A line for each row."""
+    """The shares of the ten digits in percent: a line for the real digits, and for each model."""
     rows = [row for row in measured.metrics["rows"] if row.get("share_0") is not None]
     figures = [Figure(f"share_{digit}", f"{digit}", 1, 100) for digit in range(10)]
     lines = [[label_of(row["model"]), *_plain_cells(row, figures)] for row in rows]
