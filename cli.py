@@ -239,6 +239,7 @@ REFERENCE = {
     "early_stop": True,
     "patience": 10,
     "warmup_steps": 0,
+    "black": -1.0,
 }
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
 CGAN_REFERENCE = GAN_REFERENCE | {"epochs": 80}
@@ -247,7 +248,6 @@ DIFFUSION_REFERENCE = {
     "timesteps": 1000,
     "schedule": "linear",
     "prediction": "eps",
-    "black": -1.0,
     "time_power": 1.0,
     "stable_targets": 0.0,
     "muon_lr": 0.0,
@@ -339,6 +339,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     # Model
     flag("--width", type=integer(1), default=64, help="channels of the networks; a multiple of 8 for diffusion")
     flag(
+        "--black",
+        type=number("[-2, -1]"),
+        default=-1.08,
+        help="the value of black pixels that the network learns; below -1, a small error of it still decodes to black",
+    )
+    flag(
         "--preset",
         choices=("default", "reference"),
         default="default",
@@ -367,12 +373,6 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag("--timesteps", type=integer(1), default=1000, help="noise levels of the forward process")
     flag("--schedule", choices=("linear", "cosine"), default="cosine", help="how the noise grows with time")
     flag("--prediction", choices=("eps", "v"), default="v", help="what the network predicts: the noise, or the velocity")
-    flag(
-        "--black",
-        type=number("[-2, -1]"),
-        default=-1.08,
-        help="the value of black pixels that the network learns; below -1, a small error of it still decodes to black",
-    )
     flag(
         "--time-power",
         type=number("(0, inf)"),

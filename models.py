@@ -45,22 +45,44 @@ NORMS = ("batch", "spectral", "none")
 CHUNK_SIZE = {"cpu": 250, "mps": 250, "cuda": 2000}  # images of one evaluation in diffusion sampling, see docs/speed.md
 
 
+class BlackGap:
+    """The map between images in [-1, 1] and images as a network with `config.black` learns them."""
+
+    config: Any
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] as the network learns them: their black pixels, exactly -1, become `config.black`.
+
+        The gap below -1 keeps black black. Where the network errs by a grey level or two, `decode` still gives -1.
+        """
+        return images.masked_fill(images == -1, self.config.black)
+
+    def decode(self, images: Tensor) -> Tensor:
+        """The inverse of `encode`: what lies in the gap is black."""
+        return images.clamp(-1, 1)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # DCGAN (Radford et al. 2016), unconditional (num_classes = 0) or class-conditional
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorConfig:
-    """`width`: channels are 4, 2 and 1 times the width at 7x7, 14x14 and 28x28. `num_classes=0`: unconditional."""
+    """`width`: channels are 4, 2 and 1 times the width at 7x7, 14x14 and 28x28. `num_classes=0`: unconditional.
+
+    `black`: see `BlackGap`.
+    """
 
     latent_dim: int = 100
     width: int = 64
     num_classes: int = 0
+    black: float = -1.0
 
     def __post_init__(self) -> None:
         check_int(self, "latent_dim", 1, 4096)
         check_int(self, "width", 1, 512)
         check_int(self, "num_classes", 0, 1000)
+        check_number(self, "black", -2, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +122,8 @@ class ClassBatchNorm2d(nn.Module):
         return x
 
 
-class Generator(nn.Module):
-    """DCGAN generator: latent [B, latent_dim] ~ N(0, I) -> image [B, 1, 28, 28] in [-1, 1], at 7 -> 14 -> 28 pixels.
+class Generator(BlackGap, nn.Module):
+    """DCGAN generator: latent [B, latent_dim] ~ N(0, I) -> image [B, 1, 28, 28] in [black, 1], at 7 -> 14 -> 28 pixels.
 
     The paper's transposed convolutions, with a residual 3x3 convolution at 7x7 and at 14x14. At equal cost, another layer
     helps more than more channels: strokes have to agree over the whole digit. The class acts on every normalisation. It also
@@ -142,7 +164,8 @@ class Generator(nn.Module):
         x = x + self.conv14(F.relu(self.norm14a(x, labels)))  # [B, 2w, 14, 14]
         x = self.up28(F.relu(self.norm14b(x, labels)))  # [B, w, 28, 28]
         x = self.conv28(F.relu(self.norm28(x, labels)))  # [B, 1, 28, 28]
-        return torch.tanh(x.float())
+        middle = (1 + self.config.black) / 2
+        return middle + (1 - middle) * torch.tanh(x.float())
 
     @torch.no_grad()
     def sample(
@@ -161,7 +184,8 @@ class Generator(nn.Module):
         if self.config.num_classes:
             inputs.append(noise.integers(self.config.num_classes) if labels is None else labels[rows])
         with evaluating(self) as device:
-            return torch.cat([self(*chunk) for chunk in zip(*(tensor.to(device).split(chunk_size) for tensor in inputs))])
+            chunks = zip(*(tensor.to(device).split(chunk_size) for tensor in inputs))
+            return torch.cat([self.decode(self(*chunk)) for chunk in chunks])
 
 
 class Discriminator(nn.Module):
@@ -224,7 +248,7 @@ def _init_weights(module: nn.Module) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DDPMConfig:
-    """`width`: channels of the U-Net at 28x28. `num_classes=0`: unconditional. `black`: see `DDPM.encode`.
+    """`width`: channels of the U-Net at 28x28. `num_classes=0`: unconditional. `black`: see `BlackGap`.
 
     The others: see diffusion/process.py.
     """
@@ -245,7 +269,7 @@ class DDPMConfig:
         check_number(self, "black", -2, -1)
 
 
-class DDPM(nn.Module):
+class DDPM(BlackGap, nn.Module):
     """A U-Net with its noise schedule. The null class, number `num_classes`, stands for unconditional predictions."""
 
     SAMPLE_OPTIONS = (*OPTION_NAMES, "watch")
@@ -264,17 +288,6 @@ class DDPM(nn.Module):
     def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
         """The prediction [B, 1, 28, 28] for noisy x at times int64 [B], with labels int64 [B] in 0..num_classes."""
         return self.unet(x, time * (1000 / self.config.timesteps), labels)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Images in [-1, 1] as the network learns them: their black pixels, exactly -1, become `config.black`.
-
-        The gap below -1 keeps black black. Where the network errs by a grey level or two, `decode` still gives -1.
-        """
-        return images.masked_fill(images == -1, self.config.black)
-
-    def decode(self, estimates: Tensor) -> Tensor:
-        """The inverse of `encode`: what lies in the gap is black."""
-        return estimates.clamp(-1, 1)
 
     def denoise(self, x: Tensor, level: process.Level, labels: Tensor, guidance: float = 1.0) -> Tensor:
         """The network's estimate of x0, in [black, 1], for x [B, 1, 28, 28] at a noise level. The samplers call it.

@@ -1,7 +1,7 @@
 """Draw the report from what was measured: charts, reports/report.html, and the generated tables of README and docs.
 
-It reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv, pitfalls.csv, self_check.csv and
-ablation.csv (of benchmarks/), and the shipped pictures. It measures nothing, so it takes seconds.
+It reads reports/metrics.json (of evaluate.py), the trainers' logs, reports/samplers.csv, pitfalls.csv, self_check.csv,
+training_seeds.csv and ablation.csv (of benchmarks/), and the shipped pictures. It measures nothing, so it takes seconds.
 """
 
 from __future__ import annotations
@@ -149,6 +149,7 @@ def write_page(args: argparse.Namespace, measured: Measured) -> None:
             rows=rows,
             figures=tables.all_figures([rows["real training digits"], rows["real test digits"], *models]),
             shares=tables.shares(measured),
+            training_seeds=tables.training_seeds(measured.training_seeds),
             pitfalls=tables.pitfalls(measured.pitfalls),
             self_check=tables.self_check(measured.self_check),
             check_n=int(measured.self_check[0]["n"]),
@@ -202,6 +203,7 @@ def write_tables(readme: Path, measured: Measured) -> list[Path]:
             "results": tables.markdown(full),
             "shares": tables.markdown(tables.shares(measured)),
             "pitfalls": tables.markdown(tables.pitfalls(measured.pitfalls)),
+            "training seeds": tables.markdown(tables.training_seeds(measured.training_seeds)),
             "ablation": tables.markdown(tables.ablation(measured.ablation)),
             "self check": tables.markdown(tables.self_check(measured.self_check)),
         },

@@ -97,13 +97,12 @@ UNTIMED_STEPS = gan.PENALTY_EVERY * ORDINARY_CALLS + 1
 TIMED_STEPS = 15
 
 # The flags that a recipe may set. The trainer's other flags have no effect here.
-SHARED_KNOBS = {"preset", "width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size"}
+SHARED_KNOBS = {"preset", "width", "lr", "lr_schedule", "warmup_steps", "ema", "ema_decay", "batch_size", "black"}
 GAN_KNOBS = SHARED_KNOBS | {"latent_dim", "loss", "beta1", "d_lr"}
 DIFFUSION_KNOBS = SHARED_KNOBS | {
     "timesteps",
     "schedule",
     "prediction",
-    "black",
     "time_power",
     "stable_targets",
     "label_dropout",

@@ -26,6 +26,7 @@ ABLATION_TITLES = {"gan": "DCGAN", "cgan": "conditional DCGAN", "diffusion": "DD
 TRAINING_OF = {"dcgan": "DCGAN", "cdcgan": "conditional DCGAN", "ddpm": "diffusion", "ddpm, by digit": "diffusion"}
 PITFALL_COLUMNS = {"model", "mistake", "checkpoint", "n", "fid", "fid_ratio", "is", "label_accuracy"}
 SELF_CHECK_COLUMNS = {"damage", "level", "n", "fid", "kid", "is", "precision", "recall", "density", "coverage", "two_sample"}
+SEED_COLUMNS = {"model", "training_seed", "fid_ratio", "two_sample", "label_accuracy", "command"}
 SAMPLER_PROTOCOL = ("n", "device", "precision")
 ABLATION_PROTOCOL = ("minutes", "n", "device", "precision")
 ABLATION_COLUMNS = {"model", "recipe", "seed", "fid_ratio", "fid_ratio_unconditional", *ABLATION_PROTOCOL}
@@ -46,6 +47,7 @@ class Measured(NamedTuple):
     self_check: list[Row]
     samplers: list[Row]
     ablation: list[Row]
+    training_seeds: list[Row]
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -76,6 +78,7 @@ def read_measured(reports: Path) -> Measured:
         self_check=_read_csv(reports / "self_check.csv", SELF_CHECK_COLUMNS),
         samplers=_read_csv(reports / "samplers.csv", SAMPLER_COLUMNS),
         ablation=_read_csv(reports / "ablation.csv", ABLATION_COLUMNS),
+        training_seeds=_read_csv(reports / "training_seeds.csv", SEED_COLUMNS),
     )
     hashes = {row["sha256"][:16] for row in measured.models}
     for name, rows in (("pitfalls", measured.pitfalls), ("samplers", measured.samplers)):

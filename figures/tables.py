@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 from figures.measured import ABLATION_TITLES, Measured, Row, label_of
@@ -63,6 +64,11 @@ SELF_CHECK_FIGURES = [
     Figure("density", "density", 3),
     Figure("coverage", "coverage", 3),
     Figure("two_sample", "two-sample accuracy", 3),
+]
+SEED_FIGURES = [
+    Figure("fid_ratio", "FID ratio", 2),
+    Figure("two_sample", "two-sample accuracy, %", 1, 100),
+    Figure("label_accuracy", "label accuracy, %", 2, 100),
 ]
 OVERVIEW_FIGURES = [
     Figure("fid_ratio", "FID ratio", 1),
@@ -141,6 +147,23 @@ def ablation(rows: list[Row]) -> Cells:
         unconditional = f"{_mean(same, 'fid_ratio_unconditional'):.1f}" if two_ways else ""
         lines.append([title, f"`{recipe}`", f"{_mean(same, 'fid_ratio'):.1f}", seeds, unconditional])
     return Cells(["model", "recipe", "FID ratio", "of each seed", "unconditional FID ratio"], lines)
+
+
+def training_seeds(rows: list[Row]) -> Cells:
+    """Mean and deviation over the training seeds: a line for each model, and the seeds that could not be trained."""
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        same = [row for row in rows if row["model"] == model]
+        trained = [row for row in same if row["fid_ratio"] is not None]
+        summary: Row = {}
+        for figure in SEED_FIGURES:
+            if values := [row[figure.name] for row in trained if row[figure.name] is not None]:
+                summary[figure.name] = statistics.mean(values)
+                summary[f"{figure.name}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        missing = [row for row in same if row not in trained]
+        seeds = (", ".join(f"{row['training_seed']:.0f}" for row in part) for part in (trained, missing))
+        lines.append([label_of(model), *seeds, *(_cell(summary, figure) for figure in SEED_FIGURES)])
+    return Cells(["", "training seeds", "not trained", *(figure.title for figure in SEED_FIGURES)], lines)
 
 
 def _mean(rows: list[Row], name: str) -> float:

@@ -108,7 +108,7 @@ class GANStep:
         z = torch.randn(len(images), self.generator.config.latent_dim, generator=self.rng, device=images.device)[rows]
         right_and_wrong = self._with_wrong_labels(labels)[:, rows] if self.conditional else None  # [2, B]
         own_labels = right_and_wrong[0] if right_and_wrong is not None else None  # [B]
-        real = images[rows]  # [B, 1, 28, 28]
+        real = self.generator.encode(images[rows])  # [B, 1, 28, 28]
         self.guard.keep()
 
         # Generated images, for both updates
@@ -214,7 +214,7 @@ def assemble(
         ValueError: a flag is out of the bounds of the networks' configs.
     """
     loss = LOSSES[args.loss]
-    generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes)
+    generator = build(name, latent_dim=args.latent_dim, width=args.width, num_classes=num_classes, black=args.black)
     discriminator = build(f"{name}_discriminator", width=args.width, num_classes=num_classes, norm=loss.norm)
     networks = {"generator": generator, "discriminator": discriminator}
     for network in networks.values():

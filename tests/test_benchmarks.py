@@ -14,11 +14,15 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import ROOT, error_line, read_csv, run_process, tiny_ddpm
+from test_models import small
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
+import train_gan
+from checkpoint import file_sha256, save_model
 from cli import run_script
+from files import write_json
 from scoring import metrics
 from scoring.extractor import Extractor
 from scoring.reference import Reference
@@ -515,3 +519,72 @@ def test_each_peer_is_sampled_by_each_sampler(peers):
 def test_the_peers_are_of_like_size(peers, measured):
     ours, _, theirs, _ = (float(row[measured]) for row in read_csv(peers / "a.csv"))
     assert abs(ours / theirs - 1) < 0.02
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# training_seeds.py
+
+PROTOCOL = {"n": 10_000, "extractor": "mnist", "reference": "mnist test", "repeats": 3}
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Write the scores of a DCGAN of a seed. Gives the folder of its metrics.json."""
+
+    def write(seed: int, fid_ratio: float, n: int = 10_000, **flags):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        defaults = {name: getattr(train_gan.parse_args([]), name) for name in ("lr", "ema", "epochs", "precision")}
+        save_model(folder / "gan.pt", "dcgan", small("dcgan"), {"flags": defaults | {"seed": seed} | flags})
+        score = {"model": "dcgan", "fid_ratio": fid_ratio, "two_sample": 0.53, **PROTOCOL, "n": n}
+        row = score | {"checkpoint": str(folder / "gan.pt"), "sha256": file_sha256(folder / "gan.pt")}
+        write_json(folder / "metrics.json", {"rows": [{"model": "real training digits", "n": n}, row]})
+        return folder
+
+    return write
+
+
+def test_every_seed_has_a_row_and_a_command(run_benchmark, trained, tmp_path):
+    flags = {"lr": 0.002, "ema": False, "precision": "bf16"}
+    folders = trained(0, 4.0, **flags), trained(2, 5.0, **flags | {"precision": "fp32"})
+    code, _, err = run_benchmark("training_seeds", *folders, "--out", tmp_path / "seeds.csv")
+    assert (code, err) == (0, "")
+    rows = read_csv(tmp_path / "seeds.csv")
+    assert [(row["training_seed"], row["fid_ratio"], row["label_accuracy"]) for row in rows] == [
+        ("0", "4", ""),
+        ("1", "", ""),
+        ("2", "5", ""),
+    ]
+    assert rows[1]["command"] == "python train_gan.py --lr 0.002 --no-ema --seed 1"
+
+
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"lr": 0.002}, "in lr, not in the seed alone"),
+        ({"n": 500}, "in n, not in the seed alone"),
+        ({"seed": 0, "epochs": 60}, "same seed"),
+    ],
+)
+def test_trainings_that_differ_in_more_or_less_than_the_seed_are_refused(run_benchmark, trained, tmp_path, other, message):
+    first, second = trained(0, 4.0, epochs=60), trained(**{"seed": 1, "fid_ratio": 5.0, "epochs": 60} | other)
+    code, _, err = run_benchmark("training_seeds", first, second, "--out", tmp_path / "seeds.csv")
+    assert code == 1
+    assert message in error_line(err)
+    assert not (tmp_path / "seeds.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "metrics.json").unlink(), "run evaluate.py first"),
+        (lambda folder: (folder / "metrics.json").write_text("[]"), "run evaluate.py first"),
+        (lambda folder: save_model(folder / "gan.pt", "dcgan", small("dcgan"), {}), "is not the file"),
+    ],
+)
+def test_figures_without_their_checkpoint_are_refused(run_benchmark, trained, tmp_path, damage, message):
+    folder = trained(0, 4.0)
+    damage(folder)
+    code, _, err = run_benchmark("training_seeds", folder, "--out", tmp_path / "seeds.csv")
+    assert code == 1
+    assert message in error_line(err)

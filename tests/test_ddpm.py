@@ -10,7 +10,7 @@ import torch
 from test_models import small
 
 import train_diffusion
-from data import Digits, to_model_range, to_uint8
+from data import Digits, to_model_range
 from diffusion import process
 from loop import TrainState
 from models import build
@@ -176,36 +176,6 @@ def test_stable_targets_keep_the_mean_gradient_and_lower_its_variance(prediction
 
 # --------------------------------------------------------------------------------------------------------------------
 # The gap below black
-
-EVERY_LEVEL = torch.arange(256, dtype=torch.uint8).repeat(4)[:784].view(1, 1, 28, 28)
-
-
-@pytest.mark.parametrize("black", [-1.0, -1.08, -2.0])
-def test_every_grey_level_survives_the_gap(black):
-    network = small("ddpm", black=black)
-    learned = network.encode(to_model_range(EVERY_LEVEL))
-    assert float(learned.min()) == pytest.approx(black)
-    assert torch.equal(learned[EVERY_LEVEL > 0], to_model_range(EVERY_LEVEL)[EVERY_LEVEL > 0])
-    assert torch.equal(to_uint8(network.decode(learned)), EVERY_LEVEL)
-
-
-def test_black_with_an_error_smaller_than_the_gap_is_still_black():
-    network = small("ddpm", black=-1.08)
-    errors = torch.linspace(-0.08, 0.08, 784).view(1, 1, 28, 28)
-    black = network.encode(torch.full((1, 1, 28, 28), -1.0))
-    assert not to_uint8(network.decode(black + errors)).any()
-
-
-def test_an_older_config_has_no_gap():
-    assert build("ddpm").config.black == -1
-    images = to_model_range(EVERY_LEVEL)
-    assert torch.equal(small("ddpm").encode(images), images)
-
-
-@pytest.mark.parametrize("black", [-0.9, -2.1, math.nan, "-1", None, True])
-def test_a_black_out_of_its_bounds_is_refused(black):
-    with pytest.raises(ValueError, match="black must be a number"):
-        build("ddpm", black=black)
 
 
 def test_the_network_learns_the_gap(monkeypatch, five_digits):

@@ -35,6 +35,15 @@ def test_an_update_moves_every_weight_of_both_networks(loss, name, precision):
         assert still <= ({"head.bias"} if loss != "bce" else set()), still  # it cancels in a difference of logits
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_discriminator_sees_real_images_with_the_gap(loss):
+    step, seen = make_step(loss), []
+    step.generator = small("dcgan", black=-1.5)
+    step.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(float(inputs[0][0].detach().min())))
+    step(torch.full((16, 1, 28, 28), -1.0), torch.arange(16))
+    assert seen[0] == -1.5
+
+
 def reference_losses(kind: str, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The losses of discriminator and generator, from the papers' formulas."""
     if kind == "bce":

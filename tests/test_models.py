@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
 import utils
+from data import to_model_range, to_uint8
 from models import MODELS, ClassBatchNorm2d, build
 from utils import SamplingNoise, keyed_generator, sampling_key
 
 SMALL = {"dcgan": {"width": 8}, "cdcgan": {"width": 8, "num_classes": 10}, "classifier": {"width": 4}}
 SMALL["ddpm"] = {"width": 8, "timesteps": 50}
 SMALL |= {f"{name}_discriminator": SMALL[name] for name in ("dcgan", "cdcgan")}
+GENERATORS = ("dcgan", "cdcgan", "ddpm")
 
 
 def small(name: str, **config):
@@ -205,3 +208,52 @@ def test_bf16_without_its_instructions_is_noted_once(monkeypatch, capsys, has_bf
         utils.autocast(torch.device("cpu"), precision)
     forget()
     assert capsys.readouterr().err.count("no bf16 instructions") == notes
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The gap below black
+
+EVERY_LEVEL = torch.arange(256, dtype=torch.uint8).repeat(4)[:784].view(1, 1, 28, 28)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("black", [-1.0, -1.08, -2.0])
+def test_every_grey_level_survives_the_gap(name, black):
+    network = small(name, black=black)
+    learned = network.encode(to_model_range(EVERY_LEVEL))
+    assert float(learned.min()) == pytest.approx(black)
+    assert torch.equal(learned[EVERY_LEVEL > 0], to_model_range(EVERY_LEVEL)[EVERY_LEVEL > 0])
+    assert torch.equal(to_uint8(network.decode(learned)), EVERY_LEVEL)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_black_with_an_error_smaller_than_the_gap_is_still_black(name):
+    network = small(name, black=-1.08)
+    errors = torch.linspace(-0.08, 0.08, 784).view(1, 1, 28, 28)
+    black = network.encode(torch.full((1, 1, 28, 28), -1.0))
+    assert not to_uint8(network.decode(black + errors)).any()
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_an_older_config_has_no_gap(name):
+    assert build(name).config.black == -1
+    images = to_model_range(EVERY_LEVEL)
+    assert torch.equal(small(name).encode(images), images)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("black", [-0.9, -2.1, math.nan, "-1", None, True])
+def test_a_black_out_of_its_bounds_is_refused(name, black):
+    with pytest.raises(ValueError, match="black must be a number"):
+        build(name, black=black)
+
+
+@pytest.mark.parametrize("name", ["dcgan", "cdcgan"])
+@pytest.mark.parametrize("black", [-1.0, -1.5])
+def test_a_gan_reaches_black_and_white_and_its_samples_leave_the_gap(name, black):
+    network = small(name, black=black).eval()
+    labels = torch.zeros(2, dtype=torch.int64)
+    for bias, drawn, sampled in ((-50.0, black, -1), (50.0, 1, 1)):
+        torch.nn.init.constant_(network.conv28.bias, bias)
+        assert torch.equal(network(torch.zeros(2, network.config.latent_dim), labels), torch.full((2, 1, 28, 28), drawn))
+        assert torch.equal(network.sample(2), torch.full((2, 1, 28, 28), float(sampled)))

@@ -17,7 +17,7 @@ from checkpoint import file_sha256
 PARTS = {
     "README.md": ["overview", "colab"],
     "README.pt-BR.md": ["overview", "colab"],
-    "docs/results.md": ["results", "shares", "pitfalls", "ablation", "self check"],
+    "docs/results.md": ["results", "shares", "training seeds", "pitfalls", "ablation", "self check"],
 }
 CONCLUSION = "## What the figures say\n\n**Cost.** Diffusion costs\n15 evaluations.\n\n## Next\n"
 
