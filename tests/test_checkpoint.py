@@ -91,7 +91,7 @@ def changed(path, **changes):
         ({"format": 2}, "format 1"),
         ({"format": torch.ones(2)}, "format 1"),
         ({"model": "vae"}, "unknown model"),
-        ({"model": "dcgan_discriminator"}, "no option latent_dim"),
+        ({"model": "dcgan_discriminator"}, "no option black, latent_dim"),
         ({"model": 5}, "wrong types"),
         ({"meta": None}, "wrong types"),
         ({"config": lambda c: c | {"width": 10**9}}, "width must be"),
