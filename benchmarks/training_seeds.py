@@ -10,6 +10,7 @@ seed of every recipe:
     python benchmarks/training_seeds.py reports runs/seed_1/reports
 
 The table has a row for each model and seed. A seed that no folder holds has a row without figures. It names the command.
+There, `--init` gives the first digits of a file's SHA-256.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FIGURES = ("fid_ratio", "fid_ratio_std", "two_sample", "label_accuracy", "recall
 PROTOCOL = ("n", "extractor", "reference", "repeats")
 TRAINERS = {"dcgan": train_gan, "cdcgan": train_cgan, "ddpm": train_diffusion}
 # Flags that two seeds of a recipe may differ in: where and how fast it ran
-FREE = {"seed", "device", "precision", "compile", "deterministic", "eval_every", "eval_samples", "save_every"}
+FREE = {"seed", "device", "precision", "compile", "deterministic", "eval_samples", "save_every"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,7 +66,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for row in rows:
         if file_sha256(row["checkpoint"]) != row["sha256"]:
             raise ExpectedError(f"{row['checkpoint']} is not the file that {path} scored; run evaluate.py again")
-        row["flags"] = load_generator(row["checkpoint"]).meta["flags"]
+        generator = load_generator(row["checkpoint"])
+        row["flags"] = generator.meta["flags"] | {"black": generator.config.black}  # older checkpoints have no such flag
     return rows
 
 
