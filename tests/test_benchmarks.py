@@ -555,7 +555,7 @@ def test_every_seed_has_a_row_and_a_command(run_benchmark, trained, tmp_path):
         ("1", "", ""),
         ("2", "5", ""),
     ]
-    assert rows[1]["command"] == "python train_gan.py --lr 0.002 --no-ema --seed 1"
+    assert rows[1]["command"] == "python train_gan.py --lr 0.002 --no-ema --black -1.0 --seed 1"
 
 
 @pytest.mark.parametrize(
