@@ -239,6 +239,7 @@ REFERENCE = {
     "early_stop": True,
     "patience": 10,
     "warmup_steps": 0,
+    "eval_every": 1,
     "black": -1.0,
 }
 GAN_REFERENCE = {"width": 64, "latent_dim": 100, "loss": "bce", "beta1": 0.5, "d_lr": 1e-4}
@@ -331,7 +332,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the networks; auto is off: on a GPU it takes half a minute and pays in long trainings only",
+        help="torch.compile the networks: half a minute, then a step is faster; auto: in long trainings on a GPU",
     )
     flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
     flag("--seed", type=SEED, default=0, help="seed of weights, order, noise and scoring")
@@ -394,7 +395,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     flag(
         "--muon-lr",
         type=number("[0, 1]"),
-        default=3e-3,
+        default=5e-3,
         help="learning rate of Muon, for the weights between first and last layer; 0: Adam for these too",
     )
     flag("--grad-clip", type=number("[0, inf)"), default=1.0, help="largest norm of the gradient; 0: no bound")
@@ -419,7 +420,8 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
         default=defaults.guidance,
         help="guidance scale of those samples; 1 is plain class-conditional, others take more evaluations",
     )
-    parser.set_defaults(epochs=36, width=16, batch_size=64, lr=2e-3, lr_schedule="cosine", warmup_steps=500)
+    parser.set_defaults(epochs=56, batch_size=256, lr=3e-3, lr_schedule="cosine", warmup_steps=300, ema_decay=0.9995)
+    parser.set_defaults(width=16, eval_every=8)
 
 
 def parse_training_args(
@@ -434,6 +436,8 @@ def parse_training_args(
     if typed.preset == "reference":
         parser.set_defaults(**(REFERENCE | reference))
     args = parser.parse_args(argv)
+    if not typed.eval_every:
+        args.eval_every = min(args.eval_every, args.epochs)
     if args.eval_every > args.epochs and not args.resume:  # a resumed run has its own number of epochs
         parser.error(f"--eval-every {args.eval_every} is more than --epochs {args.epochs}: nothing would be scored")
     if args.lr_schedule == "plateau":

@@ -11,7 +11,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_training_flags(parser)
     add_gan_flags(parser)
-    parser.set_defaults(epochs=30)
     return parse_training_args(parser, argv, CGAN_REFERENCE)
 
 

@@ -40,11 +40,12 @@ import train_gan
 from callbacks import EMA
 from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ArgumentParser, expanded_path, run_script
 from diffusion.options import PRECISIONS
+from engine import muon
 from engine.guard import Guard
 from engine.muon import Muon
 from loop import TrainState
 from models import CHUNK_SIZE, ClassBatchNorm2d, GeneratorConfig
-from networks.unet import AdaptiveGroupNorm, Attention
+from networks.unet import Attention
 from recipes import ddpm, gan
 from utils import SamplingNoise, ask_for_huge_pages, choose_device, keyed_generator
 
@@ -60,15 +61,16 @@ SHARED = [
     NO_GRAPH,
     ALLOCATOR,
 ]
-ONE_PASS = "scale and shift after the norm"
-GAN = ["contiguous", "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
+OTHER_FORMAT = "the other memory format"  # of channels last and contiguous
+OTHER_BATCHES = "Muon's batches of the other device"  # of one for each shape, and one for all
+GAN = [OTHER_FORMAT, "convolution as stem", "real and fake in two passes", "D's unused gradients computed", *SHARED]
 CGAN = ["class gains in fp32", NO_GRAPH, ALLOCATOR]
-DIFFUSION = ["channels last", "fused attention", ONE_PASS, *SHARED]
+DIFFUSION = [OTHER_FORMAT, "fused attention", OTHER_BATCHES, *SHARED]
 ONE_STREAM = "one stream of noise"
 SAMPLED = {"cpu": 500, "cuda": 10_000}  # images in a step of the sampling's table
 CHUNKS = {"cpu": (25, 50, 125, 500), "cuda": (125, 500, 1000, 5000)}
 CHUNK_CHOICES = [f"chunks of {n}" for n in sorted({*CHUNKS["cpu"], *CHUNKS["cuda"]})]
-SAMPLING = ["channels last", "fused attention", ONE_PASS, "compiled", ALLOCATOR, *CHUNK_CHOICES]
+SAMPLING = [OTHER_FORMAT, "fused attention", "compiled", ALLOCATOR, *CHUNK_CHOICES]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -172,6 +174,9 @@ def diffusion_loop(args: argparse.Namespace, digits: data.Digits, precision: str
     if choice == "Adam not fused":
         optimizers["others"] = unfused(optimizers["others"])
         step.guard = OpenGuard()
+    elif choice == OTHER_BATCHES:
+        together = digits.images.device.type != "cuda"
+        muon._batches = functools.partial(swapped_batches, muon._batches, together)  # the choice is undone
     change_network(network, choice)
     step.graph.active &= choice != NO_GRAPH
     yield from steps(args, digits, step, state, network, choice)
@@ -240,13 +245,14 @@ def change_network(network: nn.Module, choice: str) -> None:
     """Undo a choice that belongs to the network. Another choice changes nothing."""
     if choice == "compiled":
         network.compile()
-    elif choice == "channels last":
-        network.to(memory_format=torch.channels_last)
-    elif choice == "contiguous":
+    elif choice == OTHER_FORMAT:
+        convolutions = [m for m in network.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+        if all(convolution.weight.is_contiguous() for convolution in convolutions):
+            network.to(memory_format=torch.channels_last)
+            return
         network.to(memory_format=torch.contiguous_format)
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+        for convolution in convolutions:
+            convolution.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     elif choice in FORWARD:
         kind, forward = FORWARD[choice]
         for module in network.modules():
@@ -262,11 +268,6 @@ def fused_attention(self: Attention, x: Tensor, _condition: Tensor) -> Tensor:
     return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-def scale_and_shift_after(self: AdaptiveGroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """`AdaptiveGroupNorm.forward` written as its formula."""
-    return nn.GroupNorm.forward(self, x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-
-
 def gains_in_fp32(self: ClassBatchNorm2d, x: Tensor, labels: Tensor) -> Tensor:
     """`ClassBatchNorm2d.forward` with gains and biases in the type that they are stored in."""
     return self.norm(x) * self.gain(labels)[:, :, None, None] + self.bias(labels)[:, :, None, None]
@@ -274,7 +275,6 @@ def gains_in_fp32(self: ClassBatchNorm2d, x: Tensor, labels: Tensor) -> Tensor:
 
 FORWARD: dict[str, tuple[type[nn.Module], Callable[..., Tensor]]] = {
     "fused attention": (Attention, fused_attention),
-    ONE_PASS: (AdaptiveGroupNorm, scale_and_shift_after),
     "class gains in fp32": (ClassBatchNorm2d, gains_in_fp32),
 }
 
@@ -306,6 +306,11 @@ class ConvolutionStem(nn.Module):
 def two_passes(discriminator: nn.Module, real: Tensor, fake: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`GANStep._judge` with a pass for each side."""
     return discriminator(real, labels), discriminator(fake, labels)
+
+
+def swapped_batches(batches: Callable[..., Any], swapped: bool, matrices: list[Tensor], together: bool) -> Any:
+    """`muon._batches` with `swapped` in place of `together`."""
+    return batches(matrices, together=swapped)
 
 
 def unfused(fused: torch.optim.Optimizer) -> torch.optim.Adam:

@@ -1,7 +1,7 @@
 """Muon: descent along a momentum whose matrices are made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
 torch.optim.Muon takes only matrices, one by one, always in bfloat16, and the guard cannot hold it back. This one also takes
-convolutions, and updates all matrices of one shape at once.
+convolutions, and updates many matrices at once.
 """
 
 from __future__ import annotations
@@ -50,12 +50,13 @@ class Muon(torch.optim.Optimizer):
                 gradients = [torch.where(held_back > 0, m, g) for m, g in zip(averages, gradients)]  # averages stay
                 step_size = step_size * (1 - held_back)
             torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-            directions = list(torch._foreach_lerp(gradients, averages, group["momentum"]))
-            for same in _by_shape(weights, directions):
-                matrices = torch.stack([direction.flatten(1) for _, direction in same])
-                updates = orthogonal(matrices.to(self.dtype)).float() * (-step_size * max(matrices.shape[1:]) ** 0.5)
-                for (weight, _), update in zip(same, updates):
-                    weight.add_(update.reshape(weight.shape))
+            directions = torch._foreach_lerp(gradients, averages, group["momentum"])
+            matrices = [_wide(direction) for direction in directions]
+            for numbers in _batches(matrices, together=any(weight.is_cuda for weight in weights)):
+                batch = _padded([matrices[i] for i in numbers], self.dtype)
+                for i, update in zip(numbers, orthogonal(batch).float() * -step_size):
+                    rows, columns = matrices[i].shape
+                    _wide(weights[i]).add_(update[:rows, :columns], alpha=columns**0.5)
 
     def _average(self, p: Tensor) -> Tensor:
         state = self.state[p]
@@ -80,8 +81,32 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x if wide is matrices else x.mT
 
 
-def _by_shape(weights: list[Tensor], directions: list[Tensor]) -> Iterable[list[tuple[Tensor, Tensor]]]:
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor [rows, ...] as a matrix with no more rows than columns, without a copy.
+
+    Its columns stand in the order of the memory, channels last or not. That order does not matter to orthogonality.
+    """
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        tensor = tensor.permute(0, 2, 3, 1)
+    matrix = tensor.view(len(tensor), -1)
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
+
+
+def _batches(matrices: list[Tensor], together: bool) -> Iterable[list[int]]:
+    """The numbers of the matrices that are made orthogonal together: those of one shape, or all.
+
+    All together is 4 times the arithmetic, and a tenth of the kernels. That is faster on a GPU, and slower on a CPU.
+    """
     groups = defaultdict(list)
-    for weight, direction in zip(weights, directions):
-        groups[weight.shape].append((weight, direction))
+    for i, matrix in enumerate(matrices):
+        groups[None if together else matrix.shape].append(i)
     return groups.values()
+
+
+def _padded(matrices: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """Matrices of any shapes as one tensor [n, rows, columns]. Their zeros stay zeros in `orthogonal`."""
+    rows, columns = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices)))
+    batch = matrices[0].new_zeros(len(matrices), rows, columns, dtype=dtype)
+    for place, matrix in zip(batch, matrices):
+        place[: matrix.shape[0], : matrix.shape[1]] = matrix
+    return batch

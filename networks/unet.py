@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from utils import autocast
 
 GROUPS = 8  # of every GroupNorm, so widths are multiples of it
-MOST_ON_GPU = 65_535 // GROUPS  # images of one batch on a GPU: see AdaptiveGroupNorm
 HEAD_CHANNELS = 64  # of an attention head, or the largest divisor of it that divides the channels
 
 
@@ -87,38 +86,25 @@ class UNet(nn.Module):
 class ResBlock(nn.Module):
     """Two convolutions beside a skip: x [B, inputs, H, W] and a condition [B, condition] -> [B, outputs, H, W].
 
-    The condition acts on the second normalisation. The second convolution starts at zero, so the block starts as its skip.
+    The condition scales and shifts the second normalisation (Dhariwal & Nichol 2021, section 3). The second convolution
+    starts at zero, so the block starts as its skip.
     """
 
     def __init__(self, inputs: int, outputs: int, condition: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(GROUPS, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
-        self.norm2 = AdaptiveGroupNorm(GROUPS, outputs)
+        self.norm2 = nn.GroupNorm(GROUPS, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.condition = nn.Linear(condition, 2 * outputs)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
         _start_at_zero(self.conv2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.condition(condition).chunk(2, 1)  # [B, outputs] each
+        scale, shift = self.condition(condition)[:, :, None, None].chunk(2, 1)  # [B, outputs, 1, 1] each
         h = self.conv1(F.silu(self.norm1(x)))  # [B, outputs, H, W]
-        h = self.conv2(F.silu(self.norm2(h, scale, shift)))  # [B, outputs, H, W]
-        return self.skip(x) + h
-
-
-class AdaptiveGroupNorm(nn.GroupNorm):
-    """norm(x) (1 + scale) + shift: x [B, C, H, W], scale and shift [B, C] (Dhariwal & Nichol 2021, section 3).
-
-    The batch is normalised as one image with B C channels. So each image has its own gain and bias, and the normalisation
-    applies them while it reads x once. On a GPU, PyTorch takes the gradient of at most 65,535 groups of an image.
-    """
-
-    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # type: ignore[override]  # more inputs
-        gain = self.weight * (1 + scale)  # [B, C]
-        bias = self.bias * (1 + scale) + shift  # [B, C]
-        flat = F.group_norm(x.flatten(0, 1)[None], len(x) * self.num_groups, gain.flatten(), bias.flatten(), self.eps)
-        return flat.view_as(x)
+        h = self.norm2(h) * (1 + scale) + shift  # [B, outputs, H, W]
+        return self.skip(x) + self.conv2(F.silu(h))
 
 
 class Attention(nn.Module):

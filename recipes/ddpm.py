@@ -21,7 +21,6 @@ from engine.muon import Muon
 from files import UsageError
 from loop import TrainState
 from models import DDPM, build
-from networks.unet import MOST_ON_GPU
 from recipes.run import Run
 from utils import ask_for_huge_pages, autocast, reseeded
 
@@ -145,7 +144,7 @@ def train_ddpm(args: argparse.Namespace) -> None:
         args.init = load_weights(model, args.init)
     if not args.label_dropout:
         print("--label-dropout 0: samples without labels, and with guidance, will mean nothing")
-    if args.compile == "on":
+    if run.compiled:
         model.unet.compile()
     columns = {"others": "lr", "matrices": "muon_lr"}
     run.train(
@@ -166,14 +165,12 @@ def assemble(
     """The model, the optimizers and the update that the trainer's flags describe, on the device of the training digits.
 
     Raises:
-        ValueError: a flag is out of the bounds of the model's config, or the batch is too large for a GPU.
+        ValueError: a flag is out of the bounds of the model's config.
     """
-    rows = distributed.share(args.batch_size)
-    if digits.images.is_cuda and rows.stop - rows.start > MOST_ON_GPU:
-        raise ValueError(f"--batch-size {args.batch_size} is more than {MOST_ON_GPU} images for each GPU")
     options = {name: getattr(args, name) for name in ("width", "timesteps", "schedule", "prediction", "black")}
     model = build("ddpm", **options)
-    model.to(digits.images.device)
+    faster = torch.channels_last if digits.images.is_cuda else torch.contiguous_format
+    model.to(digits.images.device, memory_format=faster)
     optimizers = make_optimizers(model, args.lr, args.muon_lr, precision)
     step = DiffusionStep(
         model,

@@ -184,13 +184,14 @@ def gradient_penalty(logit: Tensor, images: Tensor) -> Tensor:
 def train_gan(args: argparse.Namespace, name: str, num_classes: int, prefix: str, title: str) -> None:
     """Train the GAN called `name` in the registry: all of train_gan.py and train_cgan.py except their flags."""
     run = Run(args, prefix, title)
-    if LOSSES[args.loss].penalty and args.compile == "on":
+    penalised = LOSSES[args.loss].penalty > 0
+    if penalised and args.compile == "on":
         raise UsageError(f"--compile on has no double backward, which --loss {args.loss} needs; use --compile off")
     try:
         networks, optimizers, step = assemble(args, run.state, run.device, run.precision, name, num_classes)
     except ValueError as error:
         raise UsageError(f"{error}; choose another value") from error
-    if args.compile == "on":
+    if run.compiled and not penalised:
         for network in networks.values():
             network.compile()
     generator, discriminator = networks.values()

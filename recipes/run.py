@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import math
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -31,14 +33,15 @@ DRY_RUN = {"epochs": 2, "eval_every": 1, "eval_samples": 100, "save_every": 1}
 DRY_RUN_BATCHES = 4
 DEFAULT_FOLDERS = (".", "runs/dry-run", "runs/limit", "runs/digits")  # of runs without --out-dir
 GIF_COLUMNS = 8
+WORTH_COMPILING = 3_000_000  # images of a whole training on a GPU; see docs/speed.md
 
 
 class Run:
     """A run of one trainer. `prefix` names its checkpoints (`best_GAN_G.pt`), `title` its log and GIF.
 
-    A trainer reads `args` (those of the resumed run, if there is one), `device`, `precision`, `digits` and `state` from it.
-    Then it builds its networks and its step, and gives them to `train`. `slow_sampling`: an image takes many network
-    evaluations, so fewer samples are scored without a CUDA GPU.
+    A trainer reads `args` (those of the resumed run, if there is one), `device`, `precision`, `compiled`, `digits` and
+    `state` from it. Then it builds its networks and its step, and gives them to `train`. `slow_sampling`: an image takes
+    many network evaluations, so fewer samples are scored without a CUDA GPU.
 
     Raises:
         UsageError: a batch size larger than the data set, or flags that contradict the resumed run.
@@ -66,16 +69,27 @@ class Run:
         args.eval_samples = args.eval_samples or sizes[args.dataset]
         if args.deterministic:
             make_deterministic()
+        else:
+            torch.backends.cudnn.benchmark = True  # tries the kernels of each convolution once, and takes the fastest
         torch.manual_seed(args.seed)  # for the initial weights; all later randomness is keyed
         with distributed.first_before_others():
             self.digits = self._load_digits()
         self.batches_per_epoch = data.batches_per_epoch(self.digits, args.batch_size)
+        self.compiled = self._pays_to_compile() if args.compile == "auto" else args.compile == "on"
         if args.batch_size % distributed.count():
             raise UsageError(f"--batch-size {args.batch_size} cannot be divided among {distributed.count()} processes")
         if self.saved:
             with self._checked():
                 resume.adopt_state(self.state, self.saved["state"], self.batches_per_epoch, args.batch_size)
             self._check_unfinished()
+
+    def _pays_to_compile(self) -> bool:
+        """Whether torch.compile is at hand, on a GPU, and the run long enough to win back the time that it takes."""
+        images = self.args.epochs * self.batches_per_epoch * self.args.batch_size
+        if self.device.type != "cuda" or images < WORTH_COMPILING:
+            return False
+        has_compilers = importlib.util.find_spec("triton") and any(map(shutil.which, ("gcc", "clang", "cc")))
+        return bool(has_compilers) and torch.cuda.get_device_capability(self.device) >= (7, 0)
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:

@@ -465,7 +465,7 @@ def test_adam_without_fusion_takes_the_same_step(what, mnist_dir, monkeypatch):
 @pytest.mark.long
 def test_a_choice_is_timed_beside_the_step_as_it_is(mnist_dir):
     args = ["--batch-size", 8, "--steps", 1, "--repeats", 1, "--precisions", "fp32", "--data-dir", mnist_dir]
-    undone = ["contiguous", "the C library's allocator settings"]
+    undone = ["the other memory format", "the C library's allocator settings"]
     result = run_process("benchmarks/choices.py", "--what", "gan", "--undo", *undone, *args, "--device", "cpu")
     assert result.returncode == 0, result.stderr
     (table,) = re.split("^torch .*$", result.stdout, flags=re.MULTILINE)[1:]

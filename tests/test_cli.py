@@ -9,6 +9,7 @@ import signal
 import pytest
 from test_models import small
 
+import train_diffusion
 from cli import (
     ETA,
     GUIDANCE,
@@ -179,6 +180,11 @@ def fail_with(error: BaseException):
         raise error
 
     return main
+
+
+def test_a_training_shorter_than_the_time_between_two_scorings_is_scored_at_its_end():
+    assert train_diffusion.parse_args([]).eval_every == 8
+    assert train_diffusion.parse_args(["--epochs", "3"]).eval_every == 3
 
 
 @pytest.mark.parametrize(

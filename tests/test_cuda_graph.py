@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import types
 from unittest import mock
 
 import pytest
@@ -21,6 +22,7 @@ from loop import TrainState
 from recipes.ddpm import assemble as assemble_ddpm
 from recipes.gan import PENALTY_EVERY
 from recipes.gan import assemble as assemble_gan
+from recipes.run import Run
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a GPU is first used
 CALLS = ORDINARY_CALLS + 6
@@ -34,6 +36,25 @@ def deterministic():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("device", "epochs", "compiler", "capability", "pays"),
+    [
+        ("cuda", 50, "gcc", (9, 0), True),
+        ("cuda", 49, "gcc", (9, 0), False),  # too short
+        ("cuda", 50, None, (9, 0), False),
+        ("cuda", 50, "gcc", (6, 1), False),  # too old for Triton
+        ("cpu", 50, "gcc", (9, 0), False),
+    ],
+)
+def test_a_long_training_on_a_gpu_is_compiled(device, epochs, compiler, capability, pays, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: compiler)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: "found")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    args = types.SimpleNamespace(epochs=epochs, batch_size=100)
+    run = types.SimpleNamespace(args=args, batches_per_epoch=600, device=torch.device(device))
+    assert Run._pays_to_compile(run) == pays
 
 
 def make_step(kind: str, device: str, precision: str = "fp32", digits: int = 64):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-import types
 
 import pytest
 import torch
 from test_models import small
 
-import train_diffusion
 from data import Digits, to_model_range
 from diffusion import process
 from loop import TrainState
 from models import build
-from recipes.ddpm import DiffusionStep, StableTargets, assemble, make_optimizers
+from recipes.ddpm import DiffusionStep, StableTargets, make_optimizers
 from utils import keyed_generator
 
 
@@ -201,12 +199,6 @@ def test_estimates_reach_into_the_gap_and_samples_do_not():
 
 # --------------------------------------------------------------------------------------------------------------------
 # The update
-
-
-def test_a_batch_that_is_too_large_for_a_gpu_is_refused():
-    digits = types.SimpleNamespace(images=types.SimpleNamespace(is_cuda=True))
-    with pytest.raises(ValueError, match="8192 is more than 8191 images for each GPU"):
-        assemble(train_diffusion.parse_args(["--batch-size", "8192"]), TrainState(), digits, "fp32")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

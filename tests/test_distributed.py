@@ -26,7 +26,7 @@ FLAGS = ["--dataset", "digits", "--batch-size", 128, "--width", 8, "--eval-sampl
 # Width 16: at width 8, a group of the normalisation has one channel, so a bias before it has no effect. Then rounding alone
 # decides where Adam moves that bias.
 DIFFUSION = [*FLAGS, "--width", 16, "--batch-size", 64, "--limit", 192, "--eval-samples", 96, "--steps", 2,
-             "--lr-schedule", "constant", "--warmup-steps", 0]  # fmt: skip
+             "--eval-every", 1, "--lr-schedule", "constant", "--warmup-steps", 0]  # fmt: skip
 WEIGHT_ROUNDING = 2e-5  # of weights after six steps: sums in another order, which the optimizers magnify
 TRAINERS = {"GAN": "train_gan.py", "CGAN": "train_cgan.py"}
 

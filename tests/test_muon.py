@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine import muon
 from engine.muon import Muon, orthogonal
 from models import build
 from recipes.ddpm import make_optimizers
@@ -67,6 +68,40 @@ def test_a_convolution_is_updated_as_the_matrix_of_its_output_channels():
             Muon([parameter], lr=0.1).step()
     assert torch.allclose(convolution.flatten(1), matrix, atol=1e-6)
     assert not torch.allclose(matrix, weight.flatten(1), atol=0.1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_matrices_of_many_shapes_in_one_batch_are_updated_as_those_in_a_batch_for_each_shape(precision, monkeypatch):
+    """A GPU takes the one, a CPU the other."""
+    gradients = [torch.randn(shape) for shape in ((24, 60), (60, 24), (8, 4, 3, 3), (5, 7))]
+    gradients.append(torch.randn(6, 4, 3, 3).to(memory_format=torch.channels_last))
+
+    def weights_after_a_step(together):
+        monkeypatch.setattr(muon, "_batches", lambda matrices, **_: batches(matrices, together=together))
+        weights = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        for weight, gradient in zip(weights, gradients):
+            weight.grad = gradient
+        muon.Muon(weights, lr=1.0, precision=precision).step()
+        return torch.cat([weight.flatten() for weight in weights])
+
+    batches = muon._batches
+    together, apart = weights_after_a_step(True), weights_after_a_step(False)
+    assert (together - apart).norm() < (1e-5 if precision == "fp32" else 0.02) * apart.norm()
+    assert 0.16 < apart.square().mean().sqrt() < 0.24
+
+
+def test_a_momentum_in_another_memory_format_than_its_weight_serves_it():
+    """As in a run that goes on on another device."""
+    start = torch.randn(6, 4, 3, 3)
+    weights = [nn.Parameter(start.to(memory_format=order)) for order in (torch.channels_last, torch.contiguous_format)]
+    optimizers = [muon.Muon([weight], lr=0.1) for weight in weights]
+    gradients = torch.randn(2, 6, 4, 3, 3)
+    for gradient in gradients:
+        for weight, optimizer in zip(weights, optimizers):
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+            optimizer.step()
+        optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    assert torch.allclose(*weights, atol=1e-6)
 
 
 def test_the_size_of_an_update_does_not_depend_on_the_size_of_the_gradient():

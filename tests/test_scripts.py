@@ -294,7 +294,7 @@ flags = [line.split() for line in open("/proc/self/smaps") if line.startswith("V
 print("hg", sum("hg" in line for line in flags))  # proc(5)
 """
 # A batch whose activations are as large as a huge page
-HUGE_PAGE_RUN = ["--dry-run", "--dataset", "digits", "--width", 8, "--limit", 128, "--device", "cpu"]
+HUGE_PAGE_RUN = ["--dry-run", "--dataset", "digits", "--width", 8, "--limit", 128, "--batch-size", 32, "--device", "cpu"]
 
 
 def has_huge_pages(folder, script: str, setting: str) -> bool:

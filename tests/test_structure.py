@@ -48,7 +48,6 @@ ALLOWED = {
         "files",
         "loop",
         "models",
-        "networks",
         "scoring",
         "utils",
     },

@@ -8,7 +8,7 @@ from test_models import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import build
-from networks.unet import AdaptiveGroupNorm, Attention, UNet, sinusoids
+from networks.unet import Attention, UNet, sinusoids
 
 
 @pytest.mark.parametrize("width", [8, 16, 24])
@@ -128,23 +128,3 @@ def test_a_config_out_of_bounds_is_refused(config, message):
 @pytest.mark.parametrize(("classes", "rows"), [(10, 11), (0, 1)])
 def test_the_null_class_is_the_last_one(classes, rows):
     assert UNet(8, classes).label.num_embeddings == rows
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_adaptive_normalisation_is_a_normalisation_then_a_scale_and_shift(memory_format):
-    """The values and all gradients, against the formula."""
-    norm, plain = AdaptiveGroupNorm(2, 6), torch.nn.GroupNorm(2, 6)
-    for parameter in norm.parameters():
-        torch.nn.init.normal_(parameter)
-    plain.load_state_dict(norm.state_dict())
-    x = torch.randn(3, 6, 5, 5).to(memory_format=memory_format).requires_grad_()
-    scale, shift = torch.randn(3, 6, requires_grad=True), torch.randn(3, 6, requires_grad=True)
-    weights = torch.randn(3, 6, 5, 5)
-    expected = plain(x) * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-    result = norm(x, scale, shift)
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-    gradients = (
-        torch.autograd.grad((output * weights).sum(), [x, scale, shift, *module.parameters()])
-        for output, module in ((result, norm), (expected, plain))
-    )
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)

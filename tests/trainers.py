@@ -13,7 +13,7 @@ from recipes.gan import GANStep
 
 # Three epochs of five steps
 FLAGS = ["--dataset", "digits", "--epochs", 3, "--width", 8, "--batch-size", 64, "--limit", 320, "--eval-samples", 160,
-         "--device", "cpu"]  # fmt: skip
+         "--eval-every", 1, "--device", "cpu"]  # fmt: skip
 DIFFUSION_FLAGS = [*FLAGS, "--steps", 2, "--batch-size", 32, "--limit", 160, "--eval-samples", 80]
 
 
