@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from diffusion.options import (
     CONDITIONAL_ETA,
+    CONDITIONAL_STEPS,
     DEFAULT_STEPS,
     MAX_ETA,
     MAX_GUIDANCE,
@@ -255,6 +256,10 @@ DIFFUSION_REFERENCE = {
     "grad_clip": 1.0,
     "label_dropout": 0.1,
 }
+STEPS_HELP = (
+    "network evaluations of that sampler "
+    f"(default: {DEFAULT_STEPS}, class-conditional {CONDITIONAL_STEPS}; ddim: {DEFAULT_STEPS}; ddpm: every timestep)"
+)
 ETA_HELP = (
     "stochasticity: 0 is deterministic, 1 adds the noise of ancestral sampling "
     f"(default: {UNCONDITIONAL_ETA:g}, class-conditional {CONDITIONAL_ETA:g}; ddim: 0)"
@@ -407,12 +412,7 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
     )
     defaults = SamplingOptions()
     flag("--sampler", choices=MAX_ETA, default=defaults.sampler, help="sampler of the scorings and of the GIF")
-    flag(
-        "--steps",
-        type=integer(1),
-        default=None,
-        help=f"network evaluations of that sampler (default: {DEFAULT_STEPS}, or all of fewer timesteps)",
-    )
+    flag("--steps", type=integer(1), default=None, help=STEPS_HELP)
     flag("--eta", type=ETA, default=None, help=ETA_HELP)
     flag(
         "--guidance",
@@ -483,12 +483,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, guidance: bool = True) -
         default=None,
         help=f"sampler of a diffusion model; ddpm: ancestral (default: {SamplingOptions().sampler})",
     )
-    flag(
-        "--steps",
-        type=integer(1),
-        default=None,
-        help=f"network evaluations of that sampler (default: {DEFAULT_STEPS}; ddpm: every timestep)",
-    )
+    flag("--steps", type=integer(1), default=None, help=STEPS_HELP)
     flag("--eta", type=ETA, default=None, help=ETA_HELP)
     flag(
         "--precision",

@@ -13,7 +13,8 @@ It samples in eval mode. Each network evaluation is a call of the generator itse
     chunk_size: images in a forward pass. It bounds the memory.
     rows: which of the n images to compute and return, a slice of step 1.
     options: those named in the class's `SAMPLE_OPTIONS`. A class that has any also has `sample_options(with_labels,
-        **options)`, which fills in the defaults, and `evaluations(**options)`, the network evaluations of one image.
+        **options)`, which fills in the defaults, and `evaluations(**options)`, the network evaluations of one image with
+        options that were filled in.
 
 All noise is keyed by that key and the image's position. So image i is the same picture whatever n, `chunk_size`, `rows` and
 the other labels are. Its pixels differ by rounding: by a grey level at most in fp32.
@@ -361,7 +362,7 @@ class DDPM(BlackGap, nn.Module):
         return dataclasses.asdict(self._resolved(with_labels, **options))
 
     def evaluations(self, **options: Any) -> int:
-        """Network evaluations of one image, sampled with these options."""
+        """Network evaluations of one image, sampled with these options. Those left out have their unconditional defaults."""
         chosen = self._resolved(False, **options)
         grid = samplers.GRIDS[chosen.sampler](self.levels, chosen.steps)
         return sum(samplers.evaluations(level, chosen.guidance) for level in grid[:-1])

@@ -12,7 +12,7 @@ from cli import (
     parse_training_args,
     run_script,
 )
-from diffusion.options import DEFAULT_STEPS, SamplingOptions
+from diffusion.options import SamplingOptions
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -20,8 +20,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_training_flags(parser)
     add_diffusion_flags(parser)
     args = parse_training_args(parser, argv, DIFFUSION_REFERENCE)
-    if args.steps is None:
-        args.steps = min(DEFAULT_STEPS, args.timesteps)
     if not args.resume:  # a resumed run has its own flags
         try:
             options = SamplingOptions(sampler=args.sampler, steps=args.steps, guidance=args.guidance, eta=args.eta)

@@ -1,8 +1,9 @@
 """Ways to sample the diffusion model: quality against cost. The defaults of `DDPM.sample` come from here.
 
 Unconditional samples compare DPM-Solver++ with several values of eta, DDIM, and ancestral sampling, over several numbers of
-steps. Class-conditional samples compare guidance scales and values of eta, with the default number of steps. Each setting is
-scored with several seeds, by the monitor's scorer against the training set. The test set chooses nothing.
+steps. Class-conditional samples compare guidance scales, values of eta, and numbers of steps, with the other two at their
+defaults. Each setting is scored with several seeds, by the monitor's scorer against the training set. The test set chooses
+nothing.
 
 The results are written to reports/samplers.csv, each at once, and drawn in reports/samplers.png. An interrupted run goes on
 where it stopped: rows that are there already are not measured again. Rows of another checkpoint, n, device or precision are
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import data
 from checkpoint import file_sha256, load_generator
 from cli import CUDA_DEVICE_HELP, DATA_DIR_HELP, ETA, GUIDANCE, OUT_DIR, ArgumentParser, expanded_path, integer, run_script
-from diffusion.options import CONDITIONAL_ETA, DEFAULT_STEPS, PRECISIONS, SCRIPT_GUIDANCE, UNCONDITIONAL_ETA
+from diffusion.options import CONDITIONAL_ETA, CONDITIONAL_STEPS, PRECISIONS, SCRIPT_GUIDANCE, UNCONDITIONAL_ETA
 from diffusion.process import Level
 from diffusion.samplers import GUIDANCE_RANGE, NOISE_RANGE, RENEWED_BELOW, RHO, evaluations
 from figures import charts
@@ -113,9 +114,10 @@ def all_jobs(args: argparse.Namespace, timesteps: int) -> list[Row]:
     steps = [steps for steps in args.steps if steps <= timesteps]
     curves = [(UNCONDITIONAL, "dpm-solver++", count, eta, 1.0) for count in steps for eta in args.eta]
     curves += [(UNCONDITIONAL, "ddim", count, 0.0, 1.0) for count in steps]
-    default = min(DEFAULT_STEPS, timesteps)
+    default = min(CONDITIONAL_STEPS, timesteps)
     choices = [(CONDITIONAL_ETA, scale) for scale in args.guidance] + [(eta, SCRIPT_GUIDANCE) for eta in args.digit_eta]
     conditional = [(CONDITIONAL, "dpm-solver++", default, eta, scale) for eta, scale in choices]
+    conditional += [(CONDITIONAL, "dpm-solver++", count, CONDITIONAL_ETA, SCRIPT_GUIDANCE) for count in steps]
     full = (UNCONDITIONAL, "ddpm", timesteps, 0.0, 1.0)
     plan = [(setting, args.seeds) for setting in dict.fromkeys([*curves, *conditional])]
     plan += [((UNCONDITIONAL, "ddpm", 100, 0.0, 1.0), args.seeds)] if timesteps > 100 else []

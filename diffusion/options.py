@@ -7,6 +7,7 @@ import dataclasses
 PRECISIONS = ("fp32", "bf16")
 MAX_ETA = {"dpm-solver++": 10.0, "ddim": 1.0, "ddpm": 0.0}  # the samplers, and the largest eta of each
 DEFAULT_STEPS = 15  # this and the following values were chosen with benchmarks/samplers.py
+CONDITIONAL_STEPS = 10  # of `dpm-solver++` with labels
 UNCONDITIONAL_ETA = 2.5
 CONDITIONAL_ETA = 0.5
 SCRIPT_GUIDANCE = 2.5  # of the scripts for class-conditional samples: more correct digits than 1
@@ -19,7 +20,8 @@ class SamplingOptions:
 
     Args:
         sampler: `dpm-solver++`, `ddim` or `ddpm` (ancestral sampling).
-        steps: network evaluations, not counting the second one where guidance acts. Default: 15; of `ddpm`, every timestep.
+        steps: network evaluations, not counting the second one where guidance acts. Default: 15; of `dpm-solver++` with
+            labels, 10; of `ddpm`, every timestep.
         guidance: guidance scale w, in 0..100: 0 is unconditional, 1 is plain class-conditional. See `DDPM.denoise`.
         eta: stochasticity: 0 is deterministic, 1 adds the noise of `ddpm`. At most 10 (`dpm-solver++`) or 1 (`ddim`).
             Default of `dpm-solver++`: 0.5 with labels, 2.5 without; of `ddim`: 0.
@@ -40,9 +42,12 @@ class SamplingOptions:
         """
         _check_choice("sampler", self.sampler, tuple(MAX_ETA))
         _check_choice("precision", self.precision, PRECISIONS)
+        solver = self.sampler == "dpm-solver++"
+        conditional = with_labels and self.guidance > 0
         steps = self.steps
         if steps is None:
-            steps = timesteps if self.sampler == "ddpm" else min(DEFAULT_STEPS, timesteps)
+            steps = CONDITIONAL_STEPS if solver and conditional else DEFAULT_STEPS
+            steps = timesteps if self.sampler == "ddpm" else min(steps, timesteps)
         if type(steps) is not int or not 1 <= steps <= timesteps:
             raise ValueError(f"steps must be an integer in 1..{timesteps}, the timesteps, not {steps!r}")
         _check_bounds("guidance", self.guidance, MAX_GUIDANCE)
@@ -50,8 +55,7 @@ class SamplingOptions:
             raise ValueError("guidance needs classes, and this model is unconditional")
         eta = self.eta
         if eta is None:
-            default = CONDITIONAL_ETA if with_labels and self.guidance else UNCONDITIONAL_ETA
-            eta = default if self.sampler == "dpm-solver++" else 0.0
+            eta = (CONDITIONAL_ETA if conditional else UNCONDITIONAL_ETA) if solver else 0.0
         _check_bounds(f"eta of {self.sampler}", eta, MAX_ETA[self.sampler])
         return dataclasses.replace(self, steps=steps, eta=eta)
 

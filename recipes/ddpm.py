@@ -133,7 +133,7 @@ class DiffusionStep:
 def train_ddpm(args: argparse.Namespace) -> None:
     """Train the diffusion model: all of train_diffusion.py except its flags."""
     if args.dry_run and not args.resume:
-        args.steps = min(args.steps, DRY_RUN_STEPS)
+        args.steps = min(args.steps or DRY_RUN_STEPS, DRY_RUN_STEPS)
     ask_for_huge_pages()
     run = Run(args, "DIFF", "diffusion", slow_sampling=True)
     try:

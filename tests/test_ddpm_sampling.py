@@ -9,7 +9,7 @@ import torch
 from test_models import small
 
 from diffusion import process, samplers
-from diffusion.options import CONDITIONAL_ETA, DEFAULT_STEPS, UNCONDITIONAL_ETA
+from diffusion.options import CONDITIONAL_ETA, CONDITIONAL_STEPS, DEFAULT_STEPS, UNCONDITIONAL_ETA
 from utils import SamplingNoise, keyed_generator, sampling_key
 
 DETERMINISTIC = ["dpm-solver++", "ddim"]
@@ -153,7 +153,15 @@ def test_an_unconditional_model_refuses_guidance():
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"), [({}, DEFAULT_STEPS), ({"sampler": "ddpm"}, 50), ({"steps": 3, "sampler": "ddpm"}, 3)]
+    ("options", "steps"),
+    [
+        ({}, DEFAULT_STEPS),
+        ({"labels": [3, 4]}, CONDITIONAL_STEPS),
+        ({"labels": [3, 4], "guidance": 0.0}, DEFAULT_STEPS),  # unconditional
+        ({"labels": [3, 4], "sampler": "ddim"}, DEFAULT_STEPS),
+        ({"sampler": "ddpm"}, 50),
+        ({"steps": 3, "sampler": "ddpm"}, 3),
+    ],
 )
 def test_a_sampling_visits_so_many_levels_from_noise_to_clean(options, steps, network):
     seen = []
@@ -198,7 +206,7 @@ def test_options_out_of_bounds_are_refused(options, named, network):
 def test_sample_options_fills_in_the_defaults(network):
     options = network.sample_options()
     assert options == {"sampler": "dpm-solver++", "steps": 15, "guidance": 1.0, "eta": 2.5, "precision": "fp32"}
-    assert network.sample_options(with_labels=True) == {**options, "eta": CONDITIONAL_ETA}
+    assert network.sample_options(with_labels=True) == {**options, "steps": CONDITIONAL_STEPS, "eta": CONDITIONAL_ETA}
     assert {*options, "watch"} == set(network.SAMPLE_OPTIONS)
 
 

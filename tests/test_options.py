@@ -23,7 +23,7 @@ def test_the_defaults_without_labels():
 
 
 def test_the_defaults_with_labels():
-    assert resolved(with_labels=True) == SamplingOptions("dpm-solver++", steps=15, guidance=1.0, eta=0.5, precision="fp32")
+    assert resolved(with_labels=True) == SamplingOptions("dpm-solver++", steps=10, guidance=1.0, eta=0.5, precision="fp32")
 
 
 def test_guidance_scale_0_has_the_defaults_without_labels():
@@ -122,5 +122,5 @@ def test_the_help_text_shows_the_default_steps_and_eta(add_flags):
     parser = cli.ArgumentParser("")
     add_flags(parser)
     text = " ".join(parser.format_help().split())
-    assert f"(default: {options.DEFAULT_STEPS}" in text
+    assert f"(default: {options.DEFAULT_STEPS}, class-conditional {options.CONDITIONAL_STEPS}; ddim: 15; ddpm: every" in text
     assert f"(default: {options.UNCONDITIONAL_ETA:g}, class-conditional {options.CONDITIONAL_ETA:g}; ddim: 0)" in text
