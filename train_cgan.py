@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from cli import CGAN_REFERENCE, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args, run_script
+from cli import CGAN_REFERENCE, GAN_CPU, ArgumentParser, add_gan_flags, add_training_flags, parse_training_args, run_script
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_training_flags(parser)
     add_gan_flags(parser)
-    return parse_training_args(parser, argv, CGAN_REFERENCE)
+    return parse_training_args(parser, argv, CGAN_REFERENCE, GAN_CPU)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cli import (
+    DIFFUSION_CPU,
     DIFFUSION_REFERENCE,
     ArgumentParser,
     add_diffusion_flags,
@@ -19,7 +20,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add_training_flags(parser)
     add_diffusion_flags(parser)
-    args = parse_training_args(parser, argv, DIFFUSION_REFERENCE)
+    args = parse_training_args(parser, argv, DIFFUSION_REFERENCE, DIFFUSION_CPU)
     if not args.resume:  # a resumed run has its own flags
         try:
             options = SamplingOptions(sampler=args.sampler, steps=args.steps, guidance=args.guidance, eta=args.eta)

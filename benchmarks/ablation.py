@@ -1,8 +1,8 @@
 """Which recipe makes the most of a given time: each is trained for the same minutes with every seed, then scored.
 
 A recipe is what differs from the defaults of the model's trainer, as `name=value` pairs: width=24, or "muon_lr=0 lr=1e-3".
-`no_ema` is a switch. "defaults" differs in nothing. With preset=reference among the pairs, a recipe differs from the classic
-table instead.
+`no_ema` is a switch. "defaults" differs in nothing. With preset=cpu or preset=reference among the pairs, a recipe differs
+from the preset instead. The study compares what a CPU should train, preset=cpu, with the classic table, preset=reference.
 
 A few timed steps tell how many steps fit into the minutes. The learning rates follow the trainer's schedule over that many
 steps. The EMA is scored, as in a training. The conditional GAN draws the labels of the training set. A diffusion model is
@@ -12,7 +12,7 @@ Each result is written to --out at once. Rows that are there already are not mea
 the rows with the same minutes, samples, device and precision. Run nothing else on the machine meanwhile.
 
     python benchmarks/ablation.py --model gan --minutes 5
-    python benchmarks/ablation.py --model diffusion --minutes 10 --recipes defaults "muon_lr=0 lr=1e-3" label_dropout=0.2
+    python benchmarks/ablation.py --model diffusion --minutes 10 --recipes preset=cpu "preset=cpu muon_lr=0" defaults
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ from scoring.reference import FLOOR_SIZES
 from scoring.scorer import training_scorer
 from utils import choose_device, has_bf16
 
-# The study: the classic table with one change each, then the defaults with one change each
+# The study: the classic table with one change each, then the CPU's recipe with one change each
 REFERENCE = "preset=reference"
+CPU = "preset=cpu"
 GAN_CHANGES = ("loss=hinge", "loss=relativistic", "no_ema", "beta1=0", "lr=5e-4 d_lr=5e-4", "width=32", "batch_size=64")
 GAN_RETURNS = (
     "loss=bce",
@@ -84,8 +85,15 @@ DIFFUSION_RETURNS = (
     "time_power=1",
     "lr_schedule=constant",
 )
-GAN_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in GAN_CHANGES), "defaults", *GAN_RETURNS]
-DIFFUSION_RECIPES = [REFERENCE, *(f"{REFERENCE} {change}" for change in DIFFUSION_CHANGES), "defaults", *DIFFUSION_RETURNS]
+
+
+def study(changes: tuple[str, ...], returns: tuple[str, ...]) -> list[str]:
+    """Both presets, the classic table with each of `changes`, and the CPU's recipe with each of `returns`."""
+    return [REFERENCE, *(f"{REFERENCE} {change}" for change in changes), CPU, *(f"{CPU} {change}" for change in returns)]
+
+
+GAN_RECIPES = study(GAN_CHANGES, GAN_RETURNS)
+DIFFUSION_RECIPES = study(DIFFUSION_CHANGES, DIFFUSION_RETURNS)
 RECIPES = {"gan": GAN_RECIPES, "cgan": GAN_RECIPES, "diffusion": DIFFUSION_RECIPES}
 PARSERS = {"gan": train_gan.parse_args, "cgan": train_cgan.parse_args, "diffusion": train_diffusion.parse_args}
 

@@ -177,7 +177,7 @@ def sampler_curve(path: str | os.PathLike[str], curves: dict[str, dict[int, tupl
 def ablation(path: str | os.PathLike[str], rows: Rows) -> None:
     """FID ratio of every recipe, a mark for each seed, best mean first. The DDPM has a panel for each way of sampling.
 
-    Recipes that start from the classic table are blue, and those that start from the defaults red.
+    Recipes that start from the classic table are blue. The others are red, with a diamond for the one that they start from.
 
     Args:
         rows: `model`, `recipe`, `fid_ratio`, and for a class-conditional DDPM `fid_ratio_unconditional`, else nan.
@@ -196,10 +196,10 @@ def ablation(path: str | os.PathLike[str], rows: Rows) -> None:
             order = sorted(recipes, key=lambda recipe: np.mean(recipes[recipe]), reverse=True)
             for position, recipe in enumerate(order):
                 values, color = recipes[recipe], "#0072b2" if recipe.startswith("preset=reference") else "#d55e00"
-                axes.plot(values, [position] * len(values), "D" if recipe == "defaults" else "o", color=color)
+                axes.plot(values, [position] * len(values), "D" if recipe == "preset=cpu" else "o", color=color)
                 axes.plot(np.mean(values), position, "|", color="black", markersize=12)
-            if "defaults" in recipes:
-                axes.axvline(np.mean(recipes["defaults"]), color="#d55e00", linewidth=1, linestyle=":")
+            if "preset=cpu" in recipes:
+                axes.axvline(np.mean(recipes["preset=cpu"]), color="#d55e00", linewidth=1, linestyle=":")
             axes.set_yticks(range(len(order)), order, fontsize=8)
             axes.set(xscale="log", ylim=(-1, len(order)))
             _plain_numbers(axes.xaxis)

@@ -357,8 +357,8 @@ def test_the_reference_recipe_is_the_classic_table(model):
     settings = dict(zip(recipes, settings_of_the_study(model)))
     reference = settings["preset=reference"]
     assert (reference["lr"], reference["batch_size"], reference["lr_schedule"]) == (1e-4, 128, "constant")
-    assert settings["defaults"].keys() == reference.keys()
-    assert settings["defaults"]["lr"] != reference["lr"]
+    assert settings["preset=cpu"].keys() == reference.keys()
+    assert settings["preset=cpu"]["lr"] != reference["lr"]
 
 
 def settings_of_the_study(model: str) -> list[dict[str, object]]:

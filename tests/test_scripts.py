@@ -176,6 +176,14 @@ def test_the_reference_preset_of_every_trainer(script, epochs, width):
     assert (args.epochs, args.batch_size, args.width, args.lr, args.warmup_steps) == (epochs, 128, width, 1e-4, 0)
 
 
+@pytest.mark.parametrize(("script", "epochs", "batch_size"), [("train_cgan.py", 20, 128), ("train_diffusion.py", 12, 64)])
+def test_the_cpu_preset_has_fewer_epochs_and_typed_flags_have_priority(script, epochs, batch_size):
+    parse = runpy.run_path(str(ROOT / script))["parse_args"]
+    args = parse(["--preset", "cpu"])
+    assert (args.epochs, args.batch_size) == (epochs, batch_size)
+    assert parse(["--preset", "cpu", "--epochs", "3"]).epochs == 3
+
+
 def test_the_reference_preset_of_the_diffusion_model():
     args = runpy.run_path(str(ROOT / "train_diffusion.py"))["parse_args"](["--preset", "reference"])
     assert (args.timesteps, args.schedule, args.prediction, args.grad_clip) == (1000, "linear", "eps", 1.0)

@@ -138,5 +138,5 @@ def test_help_shows_the_defaults():
     text = run_process("train_gan.py", "--help", COLUMNS="200").stdout
     assert "(default: 128)" in text
     assert "(default: None)" not in text
-    for line in ("--ema, --no-ema", "--early-stop, --no-early-stop", "--preset {default,reference}"):
+    for line in ("--ema, --no-ema", "--early-stop, --no-early-stop", "--preset {default,reference,cpu}"):
         assert line in text
