@@ -185,7 +185,7 @@ QUOTED = {
         "The DDPM takes {ddpm.evaluations:.0f} unconditional, and {labelled.evaluations:.0f} with guidance",
         "the DCGAN in {dcgan.dtype} draws {speed:.0f} times as many images a second as the DDPM in {ddpm.dtype}.",
         "took {minutes.dcgan:.1f} minutes (DCGAN) and {minutes.cdcgan:.1f} minutes (conditional DCGAN) on one H200.",
-        "The DDPM's took 2.3 minutes there, and then {minutes.ddpm:.1f} minutes on one CPU core.",
+        "The DDPM's took 3.6 minutes there, and then {minutes.ddpm:.1f} minutes on one CPU core.",
         "can tell the DCGAN's samples from real digits in {dcgan.two_sample:.1f} % of cases, and the conditional DCGAN's in "
         "{cdcgan.two_sample:.1f} %.",
         "For the DDPM it is {ddpm.two_sample:.1f} % unconditional and {labelled.two_sample:.1f} % class-conditional.",
