@@ -437,15 +437,18 @@ def add_diffusion_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_training_args(
-    parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any], cpu: dict[str, Any]
+    parser: argparse.ArgumentParser, argv: list[str] | None, reference: dict[str, Any], cpu: dict[str, Any] | None = None
 ) -> argparse.Namespace:
     """Parse a trainer's arguments. `args.given` names the flags that were typed.
 
     Args:
-        reference, cpu: the trainer's own part of these presets. A typed flag has priority over a preset.
+        reference, cpu: the trainer's own part of these presets. A typed flag has priority over a preset. None: it has no
+            such preset.
     """
     typed = parser.parse_args(argv, argparse.Namespace(**{action.dest: None for action in parser._actions}))
-    parser.set_defaults(**{"reference": REFERENCE | reference, "cpu": cpu}.get(typed.preset, {}))
+    if typed.preset == "cpu" and cpu is None:
+        parser.error("this trainer has no --preset cpu; leave it out")
+    parser.set_defaults(**({"reference": REFERENCE | reference, "cpu": cpu}.get(typed.preset) or {}))
     args = parser.parse_args(argv)
     if not typed.eval_every:
         args.eval_every = min(args.eval_every, args.epochs)

@@ -103,8 +103,9 @@ def test_samplers_measures_every_unconditional_setting_once(sampling):
 
 
 def test_samplers_measures_every_conditional_setting_once(sampling):
-    found = [(row["eta"], row["guidance"]) for row in rows_drawn(sampling, "class-conditional")]
-    assert found == [("0.5", "1"), ("0.5", "1.3"), ("2", "2.5")]
+    found = {(row["steps"], row["eta"], row["guidance"]) for row in rows_drawn(sampling, "class-conditional")}
+    assert found == {("5", "0.5", "1"), ("5", "0.5", "1.3"), ("5", "2", "2.5"), ("4", "0.5", "2.5"), ("5", "0.5", "2.5")}
+    assert len(rows_drawn(sampling, "class-conditional")) == len(found)
 
 
 def test_only_conditional_samples_have_a_label_accuracy(sampling):
