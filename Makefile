@@ -34,6 +34,7 @@ results: install
 	$(BIN)/python benchmarks/samplers.py --precision $(PRECISION) --steps 5 10 15 20 --full-seeds 0
 	$(BIN)/python benchmarks/pitfalls.py --precision $(PRECISION)
 	$(BIN)/python benchmarks/self_check.py
+	$(BIN)/python benchmarks/training_seeds.py reports
 	$(BIN)/python infer.py --denoising-gif samples/diffusion_denoising.gif
 	$(BIN)/python inference.py
 	$(BIN)/python report.py
