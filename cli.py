@@ -257,10 +257,10 @@ DIFFUSION_REFERENCE = {
     "label_dropout": 0.1,
 }
 STEPS_HELP = (
-    "network evaluations of that sampler "
+    "steps of that sampler; guidance evaluates the network twice in some of them "
     f"(default: {DEFAULT_STEPS}, class-conditional {CONDITIONAL_STEPS}; ddim: {DEFAULT_STEPS}; ddpm: every timestep)"
 )
-# `--preset cpu`: fewer epochs. Those of the diffusion model have small batches, which learn more from an epoch.
+# `--preset cpu`: fewer epochs. The diffusion model also gets small batches: it learns more from an epoch.
 GAN_CPU = {"epochs": 20}
 DIFFUSION_CPU = {
     "epochs": 12,
@@ -348,7 +348,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         "--compile",
         choices=("auto", "on", "off"),
         default="auto",
-        help="torch.compile the networks: half a minute, then a step is faster; auto: in long trainings on a GPU",
+        help="torch.compile the networks: up to a minute, then a step on a GPU is faster; auto: in long trainings there",
     )
     flag("--deterministic", action=switch, default=False, help="deterministic CUDA kernels, at some cost in speed")
     flag("--seed", type=SEED, default=0, help="seed of weights, order, noise and scoring")
@@ -366,7 +366,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         choices=("default", "reference", "cpu"),
         default="default",
         help="reference: the classic table (batch 128, Adam 1e-4, EMA 0.999, patience 10), to compare against; cpu: what a "
-        "CPU trains in an hour or two",
+        "CPU trains in half an hour to two hours",
     )
 
 

@@ -176,8 +176,8 @@ class UnconditionalTargets(StableTargets):
 
 
 def ours(args: argparse.Namespace, digits: data.Digits, steps: int, precision: str) -> Peer:
-    """The defaults of train_diffusion.py, without classes, at the common batch size."""
-    trainer = train_diffusion.parse_args([])
+    """The flags of train_diffusion.py --preset cpu, without classes, at the common batch size."""
+    trainer = train_diffusion.parse_args(["--preset", "cpu"])
     state = TrainState()
     options = {name: getattr(trainer, name) for name in ("width", "schedule", "prediction", "black")}
     model = build("ddpm", num_classes=0, **options)

@@ -5,7 +5,7 @@ seed of every recipe:
 
     python train_gan.py --seed 1 --out-dir runs/seed_1                  # with the flags of docs/results.md
     python train_cgan.py --seed 1 --out-dir runs/seed_1
-    python train_diffusion.py --seed 1 --out-dir runs/seed_1
+    python train_diffusion.py --seed 1 --out-dir runs/seed_1            # the shipped DDPM: see the table for its flags
     python evaluate.py --models runs/seed_1/checkpoints/best_{GAN_G,CGAN_G,DIFF}.pt --out-dir runs/seed_1/reports
     python benchmarks/training_seeds.py reports runs/seed_1/reports
 
